@@ -1,0 +1,1 @@
+"""The same methods during training, as Lightning callbacks."""

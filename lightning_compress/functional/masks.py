@@ -1,0 +1,149 @@
+"""Which elements stay: exact, stable selection of the lowest scores, and what is done with the result.
+
+Pure tensor functions; a mask is a bool tensor, True = kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def count_pruned(sparsity: float, total: int) -> int:
+    """How many of ``total`` elements are zero at ``sparsity``: ``k = floor(s * N + 0.5)``.
+
+    Args:
+        sparsity: share of zeros, in [0, 1].
+        total: number of elements N, >= 0.
+
+    Returns:
+        k, between 0 and N.
+
+    Example:
+        >>> count_pruned(0.5, 5), count_pruned(0.1, 4)
+        (3, 0)
+    """
+    return min(total, math.floor(sparsity * total + 0.5))
+
+
+def topk_mask(scores: Sequence[Tensor], k: int) -> list[Tensor]:
+    """Masks that drop exactly the ``k`` lowest scores of several tensors ranked together.
+
+    The order is (score, tensor order, flat index), so ties are decided the same way on every machine. No sort: the k-th smallest
+    value is selected in O(N), everything below it goes, then the first of the elements that equal it.
+
+    Args:
+        scores: real tensors of any shapes on one device; higher = keep; -inf goes first.
+        k: number of elements to drop, 0 <= k <= total.
+
+    Returns:
+        One bool tensor per score tensor, same shape, True = kept; exactly ``k`` are False.
+
+    Raises:
+        ValueError: k out of range, or a score is NaN.
+
+    Example:
+        >>> topk_mask([torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0])], 2)
+        [tensor([ True, False]), tensor([False,  True])]
+    """
+    total = sum(s.numel() for s in scores)
+    if not 0 <= k <= total:
+        raise ValueError(f"k={k} elements to drop, but there are {total}: allowed is 0 to {total}.")
+    if total == 0:
+        return [torch.ones_like(s, dtype=torch.bool) for s in scores]
+    flat = torch.cat([s.detach().reshape(-1) for s in scores])
+    if bool(flat.isnan().any()):
+        raise ValueError(f"{int(flat.isnan().sum())} of {total} scores are NaN: a ranking needs numbers.")
+    keep = torch.ones_like(flat, dtype=torch.bool)
+    if k:
+        threshold = torch.kthvalue(flat, k).values
+        below = flat < threshold
+        keep &= ~below
+        ties = (flat == threshold).nonzero().squeeze(1)
+        keep[ties[: k - int(below.sum())]] = False
+    return [m.view_as(s) for m, s in zip(keep.split([s.numel() for s in scores]), scores, strict=True)]
+
+
+def row_mask(scores: Tensor, k: int, axis: int) -> Tensor:
+    """Mask that drops exactly the ``k`` lowest scores of every row along ``axis``.
+
+    Args:
+        scores: real tensor; a row is all elements that share one index on ``axis``.
+        k: elements to drop per row.
+        axis: the output axis.
+
+    Returns:
+        Bool tensor of the same shape, True = kept.
+
+    Example:
+        >>> row_mask(torch.tensor([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0]]), 1, axis=0)
+        tensor([[ True, False,  True],
+                [False,  True,  True]])
+    """
+    rows = scores.movedim(axis, 0).flatten(1)
+    order = rows.argsort(dim=1, stable=True)
+    keep = torch.ones_like(rows, dtype=torch.bool).scatter_(1, order[:, :k], False)
+    return keep.view(scores.movedim(axis, 0).shape).movedim(0, axis)
+
+
+def apply_mask_(weight: Tensor, mask: Tensor) -> None:
+    """Write +0 where ``mask`` is False, in place: ``w <- w if mask else 0``.
+
+    Multiplying by the mask would leave -0.0 for negative weights and NaN for infinite ones.
+
+    Args:
+        weight: any dtype, also complex.
+        mask: bool, same shape and device.
+
+    Example:
+        >>> w = torch.tensor([-1.0, 2.0])
+        >>> apply_mask_(w, torch.tensor([False, True]))
+        >>> w
+        tensor([0., 2.])
+    """
+    with torch.no_grad():
+        weight.masked_fill_(~mask, 0)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Eight mask elements per byte, first element in the highest bit.
+
+    Args:
+        mask: bool tensor of any shape and device.
+
+    Returns:
+        1-D uint8 tensor on the CPU, ceil(N / 8) bytes.
+
+    Example:
+        >>> pack_bits(torch.tensor([True, False, True]))
+        tensor([160], dtype=torch.uint8)
+    """
+    return torch.from_numpy(np.packbits(mask.detach().cpu().numpy().reshape(-1)))
+
+
+def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """Inverse of :func:`pack_bits`.
+
+    Args:
+        packed: 1-D uint8 tensor.
+        shape: shape of the mask.
+
+    Returns:
+        Bool tensor of ``shape`` on the CPU.
+
+    Raises:
+        ValueError: the number of bytes does not fit the shape.
+
+    Example:
+        >>> unpack_bits(torch.tensor([160], dtype=torch.uint8), (3,))
+        tensor([ True, False,  True])
+    """
+    n = math.prod(shape)
+    if packed.numel() != (n + 7) // 8:
+        raise ValueError(f"{packed.numel()} bytes of mask for shape {tuple(shape)}: {(n + 7) // 8} are needed.")
+    bits = np.unpackbits(packed.cpu().numpy(), count=n) if n else np.zeros(0, np.uint8)
+    return torch.from_numpy(bits.astype(np.bool_)).view(tuple(shape))

@@ -1,0 +1,1 @@
+"""Zeros in weights: which go (criteria), how many and where (sparsify)."""

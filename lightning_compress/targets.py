@@ -1,0 +1,376 @@
+"""Which weights a method works on.
+
+A layer type is known by its parameter names and two axes; everything else follows from the tensor. Users add their own with
+one :func:`register` call. Weights are found by *parameter*, so a weight that a module keeps inside another module (the spectral
+weights of neural operators) is found like any other, and a weight shared by several layers is found once.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import NamedTuple, TypeVar
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+Patterns = str | Sequence[str]
+V = TypeVar("V")
+
+
+class Axes(NamedTuple):
+    """All that a method must know of a layer type: where its channels are.
+
+    Args:
+        out: axis of the output channels of the weight.
+        in_: axis of the input channels; None for depth-wise weights, which have none.
+
+    Example:
+        >>> Axes(0, 1).out
+        0
+    """
+
+    out: int
+    in_: int | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight that methods work on.
+
+    Args:
+        name: layer name, as in ``model.named_modules()`` without wrapper prefixes (``_orig_mod.``, ``module.``).
+        module: the layer.
+        param: name of the parameter inside the layer, with dots where it lies deeper (``weight.tensor``).
+        axes: output and input axis of the weight.
+        aliases: full names of other parameters that are this same object (tied weights).
+    """
+
+    name: str
+    module: nn.Module
+    param: str
+    axes: Axes
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Full parameter name, as in the plain model's ``state_dict``."""
+        return f"{self.name}.{self.param}" if self.name else self.param
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The user's own Parameter object, never a copy."""
+        return self.module.get_parameter(self.param)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How the weights of one layer type are found."""
+
+    axes: Axes | Callable[[nn.Module], Axes]
+    param: str
+    default: bool
+
+
+UNREGISTERED = "not a registered weight (give its full name in include, or lc.register its layer type)"
+_REGISTRY: dict[type | str, list[_Kind]] = {}
+
+
+def register(
+    layer: type | str,
+    axes: Axes | tuple[int, int | None] | Callable[[nn.Module], Axes],
+    param: str = "weight",
+    *,
+    default: bool = True,
+) -> None:
+    """Make a layer type known to every method.
+
+    Args:
+        layer: the class, or its dotted name when the package may be absent (``"package.module.Layer"``). Subclasses inherit.
+        axes: output and input axis of the weight, or a function of the layer that returns them.
+        param: name of the parameter; a module found there is searched for its parameters (factorized tensors).
+        default: False if the weight is only touched when an include pattern names it, as for embeddings.
+
+    Raises:
+        TypeError: ``layer`` is neither a class nor a dotted name.
+
+    Example:
+        >>> class MyLinear(nn.Module):
+        ...     def __init__(self) -> None:
+        ...         super().__init__()
+        ...         self.kernel = nn.Parameter(torch.randn(3, 2))
+        >>> register(MyLinear, Axes(out=1, in_=0), param="kernel")
+        >>> [t.key for t in find(nn.Sequential(MyLinear()))]
+        ['0.kernel']
+    """
+    if not isinstance(layer, type | str):
+        raise TypeError(f"register() takes a layer class or its dotted name, not {layer!r}.")
+    resolved = axes if callable(axes) else Axes(*axes)
+    kinds = [k for k in _REGISTRY.get(layer, []) if k.param != param]
+    _REGISTRY[layer] = [*kinds, _Kind(resolved, param, default)]
+
+
+def _conv_axes(module: nn.Module) -> Axes:
+    depthwise = module.groups == module.in_channels and module.groups > 1
+    return Axes(0, None if depthwise else 1)
+
+
+def _spectral_axes(module: nn.Module) -> Axes:
+    return Axes(0, None) if getattr(module, "separable", False) else Axes(1, 0)
+
+
+register(nn.Linear, Axes(0, 1))
+for _conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    register(_conv, _conv_axes)
+for _conv in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+    register(_conv, Axes(1, 0))
+for _projection in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+    register(nn.MultiheadAttention, Axes(0, 1), _projection)
+register(nn.Bilinear, Axes(0, 1))
+register(nn.Embedding, Axes(0, 1), default=False)
+register(nn.EmbeddingBag, Axes(0, 1), default=False)
+register("neuralop.layers.spectral_convolution.SpectralConv", _spectral_axes)
+
+
+def clean(name: str) -> str:
+    """Name without the prefixes that ``torch.compile`` and DDP put in front.
+
+    Args:
+        name: module or parameter name.
+
+    Returns:
+        The name that the plain model uses.
+
+    Example:
+        >>> clean("net._orig_mod.0.weight")
+        'net.0.weight'
+    """
+    return ".".join(p for p in name.split(".") if p != "_orig_mod").removeprefix("module.")
+
+
+def matches(pattern: str, *names: str) -> bool:
+    """Whether a glob pattern, or a regular expression written ``re:...``, fits one of the names.
+
+    Args:
+        pattern: ``"layer1.*"`` or ``"re:layer[12]\\..*"`` (the whole name must fit).
+        names: candidates.
+
+    Returns:
+        True if one fits.
+
+    Raises:
+        ValueError: the regular expression is malformed.
+
+    Example:
+        >>> matches("layer?.*", "layer1.0.conv1"), matches("re:layer[23].*", "layer1.0.conv1")
+        (True, False)
+    """
+    if pattern.startswith("re:"):
+        try:
+            return any(re.fullmatch(pattern[3:], n) for n in names)
+        except re.error as error:
+            raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}.") from None
+    return any(fnmatch.fnmatchcase(n, pattern) for n in names)
+
+
+def lookup(table: Mapping[str, V], *names: str) -> V | None:
+    """Value for a name in a mapping from pattern to value: exact name first, then patterns in order, then ``"*"``.
+
+    Args:
+        table: pattern -> value.
+        names: the names of one layer, any of which may fit.
+
+    Returns:
+        The value, or None when nothing fits.
+
+    Example:
+        >>> lookup({"*": 0.5, "fc*": 0.9, "fc1": 0.1}, "fc1"), lookup({"*": 0.5, "fc*": 0.9}, "fc2")
+        (0.1, 0.9)
+    """
+    for name in names:
+        if name in table:
+            return table[name]
+    for pattern, value in table.items():
+        if pattern != "*" and matches(pattern, *names):
+            return value
+    return table.get("*")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Every parameter of a model: the targets, and why the others are not.
+
+    Args:
+        targets: in the order of ``model.named_parameters()``.
+        skipped: full parameter name -> reason.
+    """
+
+    targets: list[Target]
+    skipped: dict[str, str]
+
+
+def _as_patterns(patterns: Patterns) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _kinds(module: nn.Module) -> list[_Kind]:
+    for cls in type(module).__mro__:
+        for key in (cls, f"{cls.__module__}.{cls.__qualname__}"):
+            if key in _REGISTRY:
+                return _REGISTRY[key]
+    return []
+
+
+def _inner_axes(holder: nn.Module, param: str, axes: Axes) -> Axes:
+    """Axes of one parameter of a factorized weight: the layer's own when it is dense, else rows by size and ranks as columns."""
+    tensor = holder.get_parameter(param)
+    if tuple(tensor.shape) == tuple(getattr(holder, "shape", ())):
+        return axes
+    return Axes(0, 1 if tensor.dim() > 1 else None)
+
+
+def _registered(module: nn.Module) -> Iterator[tuple[str, Axes, bool]]:
+    """(parameter name, axes, default) of the weights of one layer, by its registered type."""
+    for kind in _kinds(module):
+        axes = kind.axes if isinstance(kind.axes, Axes) else kind.axes(module)
+        held = getattr(module, kind.param, None)
+        if isinstance(held, nn.Module):
+            for inner, _ in held.named_parameters():
+                yield f"{kind.param}.{inner}", _inner_axes(held, inner, axes), kind.default
+        elif kind.param in module._parameters and module._parameters[kind.param] is not None:
+            yield kind.param, axes, kind.default
+
+
+def survey(model: nn.Module, include: Patterns = "*", exclude: Patterns = ()) -> Survey:
+    """Every parameter of the model, sorted into targets and others with the reason.
+
+    Patterns are matched against the layer name (``layer1.0.conv1``) and the full parameter name (``layer1.0.conv1.weight``). Weights
+    registered with ``default=False`` (embeddings) need a pattern other than ``"*"``; parameters of layers that are not registered
+    (biases, norm gains) need their full name. A pattern that fits nothing is an error.
+
+    Args:
+        model: any module.
+        include: patterns to take.
+        exclude: patterns to leave, applied last.
+
+    Returns:
+        The survey.
+
+    Raises:
+        ValueError: a pattern fits no layer (the message lists the nearest names), or a weight is not built yet.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        >>> survey(net).skipped["1.weight"]
+        'not a registered weight (give its full name in include, or lc.register its layer type)'
+    """
+    wanted, unwanted = _as_patterns(include), _as_patterns(exclude)
+    used: set[str] = set()
+    seen: dict[int, str] = {}
+    aliases: dict[str, list[str]] = {}
+    found: dict[str, Target] = {}
+    skipped: dict[str, str] = {}
+    module_names = {clean(n) for n, _ in model.named_modules()}
+
+    def fits(patterns: Sequence[str], *names: str) -> list[str]:
+        hits = [p for p in patterns if matches(p, *names)]
+        used.update(hits)
+        return hits
+
+    owned: dict[str, tuple[str, nn.Module, str, Axes, bool]] = {}
+    for raw, module in model.named_modules(remove_duplicate=False):
+        for param, axes, default in _registered(module):
+            name = clean(raw)
+            owned[f"{name}.{param}" if name else param] = (name, module, param, axes, default)
+
+    for raw, parameter in model.named_parameters(remove_duplicate=False):
+        key = clean(raw)
+        name, _, param = key.rpartition(".")
+        owner = owned.get(key)
+        layer = owner[0] if owner else name
+        hits = fits(wanted, layer, key)
+        misses = fits(unwanted, layer, key)
+        if id(parameter) in seen:
+            aliases.setdefault(seen[id(parameter)], []).append(key)
+            continue
+        seen[id(parameter)] = key
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(f"{key} has no shape yet (lazy layer): run one forward pass before compressing.")
+        if misses:
+            skipped[key] = f"excluded by {misses[0]!r}"
+        elif ".parametrizations." in f".{key}":
+            skipped[key] = "its weight is computed by a torch parametrization: remove that first"
+        elif owner is None and key not in wanted:
+            skipped[key] = UNREGISTERED
+        elif not hits:
+            skipped[key] = f"no include pattern of {list(wanted)} fits"
+        elif owner and not owner[4] and hits == ["*"]:
+            skipped[key] = f"{type(owner[1]).__name__} weights are touched only when a pattern names them"
+        elif not (parameter.is_floating_point() or parameter.is_complex()):
+            skipped[key] = f"dtype {parameter.dtype} is not real or complex floating point"
+        elif parameter.numel() == 0:
+            skipped[key] = "it has no elements"
+        elif owner:
+            found[key] = Target(owner[0], owner[1], owner[2], owner[3])
+        else:
+            module = model.get_submodule(raw.rpartition(".")[0])
+            found[key] = Target(name, module, param, Axes(0, 1 if parameter.dim() > 1 else None))
+    unused = [p for p in (*wanted, *unwanted) if p not in used | {"*"} and not any(matches(p, n) for n in module_names)]
+    if unused:
+        names = sorted({t.name for t in found.values()} | module_names | set(skipped) | set(found))
+        near = get_close_matches(unused[0], names, n=4, cutoff=0.3) or names[:4]
+        raise ValueError(f"pattern {unused[0]!r} fits no layer of the model; nearest names: {', '.join(n for n in near if n)}.")
+    return Survey(
+        [Target(t.name, t.module, t.param, t.axes, tuple(aliases.get(k, ()))) for k, t in found.items()], skipped
+    )
+
+
+def locate(model: nn.Module, layer: str, param: str) -> tuple[nn.Module, nn.Parameter]:
+    """The layer and the Parameter that a plan names.
+
+    Args:
+        model: any module, also compiled or wrapped.
+        layer: clean layer name.
+        param: parameter name inside the layer.
+
+    Returns:
+        The layer and its Parameter.
+
+    Raises:
+        ValueError: there is no such layer or parameter.
+
+    Example:
+        >>> locate(nn.Sequential(nn.Linear(3, 2)), "0", "weight")[1].shape
+        torch.Size([2, 3])
+    """
+    for name, module in model.named_modules():
+        if clean(name) == layer:
+            try:
+                return module, module.get_parameter(param)
+            except AttributeError:
+                break
+    raise ValueError(f"{type(model).__name__} has no weight {layer}.{param}: is it the architecture that was compressed?")
+
+
+def find(model: nn.Module, include: Patterns = "*", exclude: Patterns = ()) -> list[Target]:
+    """The weights a method would work on; see :func:`survey` for the rules.
+
+    Args:
+        model: any module.
+        include: glob patterns (or ``re:`` expressions) on layer names.
+        exclude: patterns to leave out.
+
+    Returns:
+        Targets in parameter order, shared weights once.
+
+    Raises:
+        ValueError: a pattern fits no layer.
+
+    Example:
+        >>> [t.key for t in find(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Embedding(4, 2)))]
+        ['0.weight']
+    """
+    return survey(model, include, exclude).targets
