@@ -16,7 +16,10 @@ from torch import Tensor
 
 from lightning_compress.functional.masks import pack_bits, unpack_bits
 
-_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32)}
+_DTYPES = {
+    str(d).removeprefix("torch."): d
+    for d in (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32)
+}
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,14 @@ class Plan:
     Args:
         layers: full parameter (or layer) name -> decisions: tensors, numbers, strings, lists, dicts.
         skipped: full parameter name -> why it is left alone.
-        identity: True if the plan is known to change nothing and that is no fault (strength zero, or already reached).
+        identity: True if the plan is known to change nothing and that is no fault (strength zero, or
+            already reached).
         data: which calibration inputs were used, in words.
 
     Example:
         >>> plan = Plan({"fc.weight": {"mask": torch.tensor([True, False])}})
-        >>> torch.equal(from_json(to_json(plan)).layers["fc.weight"]["mask"], plan.layers["fc.weight"]["mask"])
-        True
+        >>> torch.equal(from_json(to_json(plan)).layers["fc.weight"]["mask"],
+        plan.layers["fc.weight"]["mask"]) True
     """
 
     layers: dict[str, dict[str, Any]]
@@ -101,7 +105,11 @@ def _encode(value: Any) -> Any:
 
 def _decode(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return _tensor(value) if set(value) == {"dtype", "shape", "zlib"} else {k: _decode(v) for k, v in value.items()}
+        return (
+            _tensor(value)
+            if set(value) == {"dtype", "shape", "zlib"}
+            else {k: _decode(v) for k, v in value.items()}
+        )
     return [_decode(v) for v in value] if isinstance(value, list) else value
 
 
@@ -117,7 +125,9 @@ def _tensor(value: Mapping[str, Any]) -> Tensor:
     except (binascii.Error, zlib.error) as error:
         raise ValueError(f"a stored plan holds a damaged tensor: {error}.") from None
     if len(raw) != size or not stream.eof:
-        raise ValueError(f"a stored plan holds a tensor of {len(raw)} bytes where shape {shape} needs {size}.")
+        raise ValueError(
+            f"a stored plan holds a tensor of {len(raw)} bytes where shape {shape} needs {size}."
+        )
     data = np.frombuffer(raw, dtype=np.uint8).copy()
     if dtype == torch.bool:
         return unpack_bits(torch.from_numpy(data), shape)

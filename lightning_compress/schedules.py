@@ -1,7 +1,8 @@
 """When: optimizer step -> value. One type drives sparsity, bits, penalties and distillation weights.
 
-A shape is a function of progress ``p`` in [0, 1] with ``f(0) = 0`` and ``f(1) = 1``; :class:`Schedule` puts it between two steps and two
-values: ``value(t) = start + (end - start) * f(clip((t - t0) / (t1 - t0), 0, 1))``.
+A shape is a function of progress ``p`` in [0, 1] with ``f(0) = 0`` and ``f(1) = 1``; :class:`Schedule` puts
+it between two steps and two values: ``value(t) = start + (end - start) * f(clip((t - t0) / (t1 - t0), 0,
+1))``.
 """
 
 from __future__ import annotations
@@ -139,7 +140,9 @@ def steps(values: Mapping[float, float]) -> Shape:
     """
     pairs = tuple(sorted((float(p), float(v)) for p, v in values.items()))
     if not pairs or any(not (0 <= p <= 1 and 0 <= v <= 1) for p, v in pairs) or pairs[-1][1] != 1.0:
-        raise ValueError(f"steps({dict(values)}): keys and values lie in [0, 1] and the last value is 1 (the end value).")
+        raise ValueError(
+            f"steps({dict(values)}): keys and values lie in [0, 1] and the last value is 1 (the end value)."
+        )
     return _Stairs(pairs)
 
 
@@ -181,7 +184,8 @@ def shape(schedule: str | Mapping[float, float] | Shape) -> Shape:
     """The shape meant by a name, stairs, an import path or a function.
 
     Args:
-        schedule: a name of :data:`SHAPES`, a mapping (see :func:`steps`), ``"package.module.function"``, or a function of progress.
+        schedule: a name of :data:`SHAPES`, a mapping (see :func:`steps`), ``"package.module.function"``, or
+            a function of progress.
 
     Returns:
         The shape.
@@ -203,7 +207,9 @@ def shape(schedule: str | Mapping[float, float] | Shape) -> Shape:
     if module:
         function: Shape = getattr(importlib.import_module(module), name)
         return function
-    raise ValueError(f"schedule={schedule!r} is unknown; allowed: {', '.join(SHAPES)}, a mapping of steps, or a function of p in [0, 1].")
+    raise ValueError(
+        f"schedule={schedule!r} is unknown; allowed: {', '.join(SHAPES)}, a mapping of steps, or a function of p in [0, 1]."
+    )
 
 
 @dataclass(frozen=True)
@@ -234,7 +240,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.t1 < self.t0:
-            raise ValueError(f"the schedule ends (step {self.t1:g}) before it begins (step {self.t0:g}): set begin <= end.")
+            raise ValueError(
+                f"the schedule ends (step {self.t1:g}) before it begins (step {self.t0:g}): set begin <= end."
+            )
 
     def __call__(self, t: float) -> float:
         """Value at step ``t``; exactly ``end`` from t1 on and exactly ``start`` before t0."""
@@ -273,8 +281,11 @@ def to_steps(value: float, unit: str, *, total: float, per_epoch: float, name: s
         return round(value)
     factor = total if unit == "fraction" else per_epoch
     if unit == "fraction" and value > 1:
-        raise ValueError(f"{name}={value} with unit='fraction': allowed is [0, 1]; for literal steps set unit='step'.")
+        raise ValueError(
+            f"{name}={value} with unit='fraction': allowed is [0, 1]; for literal steps set unit='step'."
+        )
     if math.isinf(factor):
-        raise ValueError(f"{name}={value} with unit={unit!r}: training has no known length, so give {name} with unit='step'.")
+        raise ValueError(
+            f"{name}={value} with unit={unit!r}: training has no known length, so give {name} with unit='step'."
+        )
     return math.floor(value * factor + 0.5)
-

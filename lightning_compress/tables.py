@@ -105,8 +105,12 @@ def text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         aligned = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(cells, widths, numeric, strict=True))
         return "  ".join(aligned).rstrip()
 
-    numeric = [bool(rows) and all(isinstance(r[i], int | float | None) for r in rows) for i in range(len(header))]
-    return "\n".join([line(header, numeric), "  ".join("-" * w for w in widths), *(line(r, numeric) for r in body)])
+    numeric = [
+        bool(rows) and all(isinstance(r[i], int | float | None) for r in rows) for i in range(len(header))
+    ]
+    return "\n".join(
+        [line(header, numeric), "  ".join("-" * w for w in widths), *(line(r, numeric) for r in body)]
+    )
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -1,8 +1,9 @@
 """Which weights a method works on.
 
-A layer type is known by its parameter names and two axes; everything else follows from the tensor. Users add their own with
-one :func:`register` call. Weights are found by *parameter*, so a weight that a module keeps inside another module (the spectral
-weights of neural operators) is found like any other, and a weight shared by several layers is found once.
+A layer type is known by its parameter names and two axes; everything else follows from the tensor. Users
+add their own with one :func:`register` call. Weights are found by *parameter*, so a weight that a module
+keeps inside another module (the spectral weights of neural operators) is found like any other, and a weight
+shared by several layers is found once.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -42,7 +43,8 @@ class Target:
     """One weight that methods work on.
 
     Args:
-        name: layer name, as in ``model.named_modules()`` without wrapper prefixes (``_orig_mod.``, ``module.``).
+        name: layer name, as in ``model.named_modules()`` without wrapper prefixes (``_orig_mod.``,
+            ``module.``).
         module: the layer.
         param: name of the parameter inside the layer, with dots where it lies deeper (``weight.tensor``).
         axes: output and input axis of the weight.
@@ -89,9 +91,11 @@ def register(
     """Make a layer type known to every method.
 
     Args:
-        layer: the class, or its dotted name when the package may be absent (``"package.module.Layer"``). Subclasses inherit.
+        layer: the class, or its dotted name when the package may be absent (``"package.module.Layer"``).
+            Subclasses inherit.
         axes: output and input axis of the weight, or a function of the layer that returns them.
-        param: name of the parameter; a module found there is searched for its parameters (factorized tensors).
+        param: name of the parameter; a module found there is searched for its parameters (factorized
+            tensors).
         default: False if the weight is only touched when an include pattern names it, as for embeddings.
 
     Raises:
@@ -114,8 +118,8 @@ def register(
 
 
 def _conv_axes(module: nn.Module) -> Axes:
-    depthwise = module.groups == module.in_channels and module.groups > 1
-    return Axes(0, None if depthwise else 1)
+    groups: Any = module.groups
+    return Axes(0, None if groups > 1 and groups == module.in_channels else 1)
 
 
 def _spectral_axes(module: nn.Module) -> Axes:
@@ -125,8 +129,8 @@ def _spectral_axes(module: nn.Module) -> Axes:
 register(nn.Linear, Axes(0, 1))
 for _conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
     register(_conv, _conv_axes)
-for _conv in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
-    register(_conv, Axes(1, 0))
+for _transposed in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+    register(_transposed, Axes(1, 0))
 for _projection in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
     register(nn.MultiheadAttention, Axes(0, 1), _projection)
 register(nn.Bilinear, Axes(0, 1))
@@ -225,7 +229,7 @@ def _kinds(module: nn.Module) -> list[_Kind]:
 
 
 def _inner_axes(holder: nn.Module, param: str, axes: Axes) -> Axes:
-    """Axes of one parameter of a factorized weight: the layer's own when it is dense, else rows by size and ranks as columns."""
+    """Axes of one parameter of a factorized weight: the layer's own when dense, else rows by size, ranks as columns."""
     tensor = holder.get_parameter(param)
     if tuple(tensor.shape) == tuple(getattr(holder, "shape", ())):
         return axes
@@ -247,9 +251,10 @@ def _registered(module: nn.Module) -> Iterator[tuple[str, Axes, bool]]:
 def survey(model: nn.Module, include: Patterns = "*", exclude: Patterns = ()) -> Survey:
     """Every parameter of the model, sorted into targets and others with the reason.
 
-    Patterns are matched against the layer name (``layer1.0.conv1``) and the full parameter name (``layer1.0.conv1.weight``). Weights
-    registered with ``default=False`` (embeddings) need a pattern other than ``"*"``; parameters of layers that are not registered
-    (biases, norm gains) need their full name. A pattern that fits nothing is an error.
+    Patterns are matched against the layer name (``layer1.0.conv1``) and the full parameter name
+    (``layer1.0.conv1.weight``). Weights registered with ``default=False`` (embeddings) need a pattern other
+    than ``"*"``; parameters of layers that are not registered (biases, norm gains) need their full name. A
+    pattern that fits nothing is an error.
 
     Args:
         model: any module.
@@ -260,7 +265,8 @@ def survey(model: nn.Module, include: Patterns = "*", exclude: Patterns = ()) ->
         The survey.
 
     Raises:
-        ValueError: a pattern fits no layer (the message lists the nearest names), or a weight is not built yet.
+        ValueError: a pattern fits no layer (the message lists the nearest names), or a weight is not built
+        yet.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
@@ -318,13 +324,20 @@ def survey(model: nn.Module, include: Patterns = "*", exclude: Patterns = ()) ->
         else:
             module = model.get_submodule(raw.rpartition(".")[0])
             found[key] = Target(name, module, param, Axes(0, 1 if parameter.dim() > 1 else None))
-    unused = [p for p in (*wanted, *unwanted) if p not in used | {"*"} and not any(matches(p, n) for n in module_names)]
+    unused = [
+        p
+        for p in (*wanted, *unwanted)
+        if p not in used | {"*"} and not any(matches(p, n) for n in module_names)
+    ]
     if unused:
         names = sorted({t.name for t in found.values()} | module_names | set(skipped) | set(found))
         near = get_close_matches(unused[0], names, n=4, cutoff=0.3) or names[:4]
-        raise ValueError(f"pattern {unused[0]!r} fits no layer of the model; nearest names: {', '.join(n for n in near if n)}.")
+        raise ValueError(
+            f"pattern {unused[0]!r} fits no layer of the model; nearest names: {', '.join(n for n in near if n)}."
+        )
     return Survey(
-        [Target(t.name, t.module, t.param, t.axes, tuple(aliases.get(k, ()))) for k, t in found.items()], skipped
+        [Target(t.name, t.module, t.param, t.axes, tuple(aliases.get(k, ()))) for k, t in found.items()],
+        skipped,
     )
 
 
@@ -352,7 +365,9 @@ def locate(model: nn.Module, layer: str, param: str) -> tuple[nn.Module, nn.Para
                 return module, module.get_parameter(param)
             except AttributeError:
                 break
-    raise ValueError(f"{type(model).__name__} has no weight {layer}.{param}: is it the architecture that was compressed?")
+    raise ValueError(
+        f"{type(model).__name__} has no weight {layer}.{param}: is it the architecture that was compressed?"
+    )
 
 
 def find(model: nn.Module, include: Patterns = "*", exclude: Patterns = ()) -> list[Target]:

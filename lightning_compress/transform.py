@@ -1,8 +1,8 @@
 """What a method is: a frozen dataclass that plans (reads the model) and applies the plan (writes it).
 
-``compress(model, [transforms])`` runs them in order on a copy, refuses illegal orders before any work, measures what really changed,
-and leaves on the model the ordered list of applied steps. Steps that change structure are replayed on a fresh model by
-:func:`replay`, before weights are loaded.
+``compress(model, [transforms])`` runs them in order on a copy, refuses illegal orders before any work,
+measures what really changed, and leaves on the model the ordered list of applied steps. Steps that change
+structure are replayed on a fresh model by :func:`replay`, before weights are loaded.
 """
 
 from __future__ import annotations
@@ -119,7 +119,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence):
         return [_plain(v) for v in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {"type": type(value).__name__, **{f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}}
+        return {
+            "type": type(value).__name__,
+            **{f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)},
+        }
     return f"{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', type(value).__name__)}"
 
 
@@ -139,7 +142,7 @@ class Step:
         return known is not None and known.structural
 
     def to_json(self) -> dict[str, Any]:
-        """Everything needed to replay, as JSON values; plans only of structural steps, the values of others are in the weights."""
+        """All that a replay needs, as JSON values: plans of structural steps only, what others did is in the weights."""
         return {
             "name": self.name,
             "config": self.config,
@@ -173,7 +176,9 @@ class Step:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"a stored step is malformed: {error!r}.") from None
         if name not in Transform.registry:
-            raise ValueError(f"transform {name!r} is unknown here; known: {', '.join(sorted(Transform.registry))}.")
+            raise ValueError(
+                f"transform {name!r} is unknown here; known: {', '.join(sorted(Transform.registry))}."
+            )
         return Step(name, config, plan, coverage)
 
 
@@ -217,11 +222,34 @@ class Result:
         for new in a.layers:
             was = old.get(new.name)
             layers.append(
-                [new.name, new.kind, new.elements, new.zeros, was and was.bits // 8, new.bits // 8, was and was.macs, new.macs]
+                [
+                    new.name,
+                    new.kind,
+                    new.elements,
+                    new.zeros,
+                    was and was.bits // 8,
+                    new.bits // 8,
+                    was and was.macs,
+                    new.macs,
+                ]
             )
-        header = ["layer", "type", "elements", "zeros", "bytes before", "bytes after", "MACs before", "MACs after"]
+        header = [
+            "layer",
+            "type",
+            "elements",
+            "zeros",
+            "bytes before",
+            "bytes after",
+            "MACs before",
+            "MACs after",
+        ]
         data = [f"data: {s.name} {s.plan.data}" for s in self.steps if s.plan.data]
-        parts = [tables.text(["total", "before", "after"], totals), tables.text(header, layers), str(self.coverage), *data]
+        parts = [
+            tables.text(["total", "before", "after"], totals),
+            tables.text(header, layers),
+            str(self.coverage),
+            *data,
+        ]
         return "\n\n".join(parts)
 
     def __str__(self) -> str:
@@ -260,8 +288,8 @@ def record(model: nn.Module, step: Step) -> None:
 def replay(model: nn.Module, steps: Iterable[tuple[str, Step]]) -> list[Step]:
     """Give a fresh model the structure of a compressed one; its weights are then loaded as usual.
 
-    Structural steps that the model already carries are not repeated. Nothing is imported by name: only transforms that are
-    defined in this process are known.
+    Structural steps that the model already carries are not repeated. Nothing is imported by name: only
+    transforms that are defined in this process are known.
 
     Args:
         model: a model of the original architecture, changed in place.
@@ -290,12 +318,16 @@ def replay(model: nn.Module, steps: Iterable[tuple[str, Step]]) -> list[Step]:
         try:
             part = model.get_submodule(prefix)
         except AttributeError:
-            raise ValueError(f"{step.name} was applied to {prefix!r}, which this {type(model).__name__} does not have.") from None
+            raise ValueError(
+                f"{step.name} was applied to {prefix!r}, which this {type(model).__name__} does not have."
+            ) from None
         position = met.setdefault(prefix, 0)
         met[prefix] += 1
         if position < sum(s.structural for s in part.__dict__.get(_APPLIED, ())):
             continue
-        Transform.registry[step.name]().apply(part, step.plan)  # default options: apply follows the plan alone
+        Transform.registry[step.name]().apply(
+            part, step.plan
+        )  # default options: apply follows the plan alone
         record(part, step)
         done.append(step)
     return done
@@ -322,30 +354,42 @@ def check_order(transforms: Sequence[Transform], model: nn.Module) -> None:
 
 
 def _digests(model: nn.Module) -> dict[str, tuple[bytes, int, bool]]:
-    """Full name -> (hash of the bytes, number of bytes, is a parameter) of every parameter and buffer, shared ones once."""
+    """Name -> (hash of the bytes, number of bytes, is a parameter) of every parameter and buffer, shared ones once."""
     found = {}
     for group, is_parameter in ((model.named_parameters(), True), (model.named_buffers(), False)):
         for name, tensor in group:
-            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             found[clean(name)] = (hashlib.blake2b(raw, digest_size=16).digest(), tensor.nbytes, is_parameter)
     return found
 
 
-def _coverage(before: dict[str, tuple[bytes, int, bool]], model: nn.Module, skipped: Mapping[str, str]) -> Coverage:
+def _coverage(
+    before: dict[str, tuple[bytes, int, bool]], model: nn.Module, skipped: Mapping[str, str]
+) -> Coverage:
     after = _digests(model)
-    changed = {n: before[n][1] if n in before else 0 for n in before.keys() | after.keys() if before.get(n) != after.get(n)}
+    changed = {
+        n: before[n][1] if n in before else 0
+        for n in before.keys() | after.keys()
+        if before.get(n) != after.get(n)
+    }
     total = sum(size for _, size, is_parameter in before.values() if is_parameter)
     hit = sum(before[n][1] for n in changed if n in before and before[n][2])
     order = [*before, *(n for n in after if n not in before)]
     named = {n: changed[n] for n in order if n in changed}
-    return Coverage(named, {k: v for k, v in skipped.items() if k not in changed}, total, hit / total if total else 0.0)
+    return Coverage(
+        named, {k: v for k, v in skipped.items() if k not in changed}, total, hit / total if total else 0.0
+    )
 
 
 def _check_finite(model: nn.Module) -> None:
     for name, weight in model.named_parameters():
         bad = 0 if weight.is_meta else int((~torch.isfinite(weight.detach())).sum())
         if weight.is_meta or bad:
-            what = "is on the meta device, so it has no values" if weight.is_meta else f"has {bad} of {weight.numel()} entries that are not finite"
+            what = (
+                "is on the meta device, so it has no values"
+                if weight.is_meta
+                else f"has {bad} of {weight.numel()} entries that are not finite"
+            )
             raise ValueError(f"{clean(name)} {what}: load or repair the weights before compressing.")
 
 
@@ -369,7 +413,10 @@ def run_step(model: nn.Module, transform: Transform, data: Calibration | None = 
     coverage = _coverage(before, model, plan.skipped)
     name = type(transform).__name__
     if not coverage.changed and not plan.identity:
-        why = f"no layer fits:{tables.reasons(plan.skipped)}" if before else "the model has no parameters."
+        why = (
+            f"no layer fits:{tables.reasons(plan.skipped)}" if plan.skipped else "every tensor is as it was."
+        )
+        why = why if before else "the model has no parameters."
         raise NothingChangedError(f"{name} changed nothing: {why}")
     step = Step(name, transform.config(), plan, coverage)
     record(model, step)
@@ -390,9 +437,12 @@ def compress(
     Args:
         model: any module; it is left as it is unless ``inplace``.
         transforms: what to do, in order.
-        example_input: one input (tensor, tuple of arguments or dict of keywords), for tracing, counting MACs and drawing inputs.
-        data: calibration inputs: batches, a loader, a sampler name or a function (see :class:`lightning_compress.stats.Calibration`).
-        inplace: change ``model`` itself. The work is still done on a copy first, so an error leaves the model as it was.
+        example_input: one input (tensor, tuple of arguments or dict of keywords), for tracing, counting
+            MACs and drawing inputs.
+        data: calibration inputs: batches, a loader, a sampler name or a function (see
+            :class:`lightning_compress.stats.Calibration`).
+        inplace: change ``model`` itself. The work is still done on a copy first, so an error leaves the
+            model as it was.
         seed: seed of drawn inputs; the global random state is untouched.
 
     Returns:
@@ -402,7 +452,8 @@ def compress(
         TypeError: something in ``transforms`` is not a transform.
         OrderError: the order would spoil an earlier step.
         NothingChangedError: a transform found nothing to change.
-        ValueError: weights that are not finite, or options that do not fit the model; the message names the layer.
+        ValueError: weights that are not finite, or options that do not fit the model; the message names the
+        layer.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -413,7 +464,9 @@ def compress(
     todo = [transforms] if isinstance(transforms, Transform) else list(transforms)
     for transform in todo:
         if not isinstance(transform, Transform):
-            raise TypeError(f"transforms holds {transform!r}; allowed are instances of: {', '.join(sorted(Transform.registry))}.")
+            raise TypeError(
+                f"transforms holds {transform!r}; allowed are instances of: {', '.join(sorted(Transform.registry))}."
+            )
     check_order(todo, model)
     _check_finite(model)
     calibration = Calibration(example_input=example_input, data=data, seed=seed)

@@ -50,10 +50,18 @@ def loader(n: int = 32, batch: int = 4, shape: tuple[int, ...] = (8,)) -> DataLo
 
 def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     """A quiet Trainer on one CPU; two epochs and no logger unless told otherwise."""
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu", "devices": 1}
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": False,
+        "accelerator": "cpu",
+        "devices": 1,
+    }
     if not any(isinstance(c, ModelCheckpoint) for c in callbacks):
         quiet["enable_checkpointing"] = False
-    return pl.Trainer(**{**quiet, "max_epochs": 2, "callbacks": list(callbacks), "num_sanity_val_steps": 0, **options})
+    return pl.Trainer(
+        **{**quiet, "max_epochs": 2, "callbacks": list(callbacks), "num_sanity_val_steps": 0, **options}
+    )
 
 
 def sparsity(module: nn.Module, include: str = "") -> float:

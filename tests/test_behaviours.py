@@ -33,7 +33,9 @@ N = 8 * 16 + 16 * 3
 
 
 def pruning(**options):
-    return lc.ScheduledPruning(**{"sparsity": 0.5, "begin": 1, "end": 6, "unit": "step", "every": 1, **options})
+    return lc.ScheduledPruning(
+        **{"sparsity": 0.5, "begin": 1, "end": 6, "unit": "step", "every": 1, **options}
+    )
 
 
 def load(path):
@@ -122,7 +124,9 @@ def test_06_logged_sparsity_counts_each_weight_once(tmp_path):
     t.fit(lit, loader())
     weights = [net[0].weight, net[3].weight]
     independent = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
-    assert float(t.callback_metrics["compress/sparsity"]) == pytest.approx(independent) == pytest.approx(66 / 88)
+    assert (
+        float(t.callback_metrics["compress/sparsity"]) == pytest.approx(independent) == pytest.approx(66 / 88)
+    )
 
 
 def test_07_sparsity_reaches_tensorboard(tmp_path):
@@ -132,7 +136,12 @@ def test_07_sparsity_reaches_tensorboard(tmp_path):
     events = accumulator.EventAccumulator(log.log_dir)
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    assert {"compress/sparsity", "compress/target_sparsity", "compress/sparsity/net.0", "compress/sparsity/net.2"} <= tags
+    assert {
+        "compress/sparsity",
+        "compress/target_sparsity",
+        "compress/sparsity/net.0",
+        "compress/sparsity/net.2",
+    } <= tags
     assert events.Scalars("compress/sparsity")[-1].value == 0.5
 
 
@@ -146,7 +155,11 @@ def test_08_sparsity_is_absolute_and_does_not_compound(schedule):
 def test_09_norms_biases_and_embeddings_are_left_alone_by_default():
     class Embedded(Lit):
         def __init__(self):
-            super().__init__(nn.Sequential(nn.Embedding(3, 6), nn.Flatten(), nn.Linear(48, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)))
+            super().__init__(
+                nn.Sequential(
+                    nn.Embedding(3, 6), nn.Flatten(), nn.Linear(48, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)
+                )
+            )
 
         def forward(self, x):
             return self.net((x > 0).long())
@@ -188,8 +201,13 @@ def test_11_the_module_copies_and_pickles_in_every_hook(first):
             twin = copy.deepcopy(pl_module)
             back = pickle.loads(pickle.dumps(pl_module))
             for other in (twin, back):
-                assert all(torch.equal(a, b) for a, b in zip(other.parameters(), pl_module.parameters(), strict=True))
-                assert type(other.on_load_checkpoint).__name__ == "method" and other.on_load_checkpoint.__self__ is other
+                assert all(
+                    torch.equal(a, b) for a, b in zip(other.parameters(), pl_module.parameters(), strict=True)
+                )
+                assert (
+                    type(other.on_load_checkpoint).__name__ == "method"
+                    and other.on_load_checkpoint.__self__ is other
+                )
 
         return run
 
@@ -202,7 +220,11 @@ def test_11_the_module_copies_and_pickles_in_every_hook(first):
 @pytest.mark.parametrize("averaging", ["ema", "swa"])
 def test_12_averaged_weights_reach_the_target_or_the_order_is_refused(tmp_path, averaging):
     def average():
-        return EMAWeightAveraging(decay=0.9) if averaging == "ema" else StochasticWeightAveraging(1e-2, swa_epoch_start=1)
+        return (
+            EMAWeightAveraging(decay=0.9)
+            if averaging == "ema"
+            else StochasticWeightAveraging(1e-2, swa_epoch_start=1)
+        )
 
     class Validated(pl.Callback):
         found = None
@@ -267,7 +289,9 @@ def test_16_best_means_best_at_target(tmp_path):
     trainer(pruning(sparsity=0.8, end=20, gate="val_loss"), best, max_epochs=5).fit(lit, loader(), loader())
     assert sparsity(Worse.load_from_checkpoint(best.best_model_path)) == count_pruned(0.8, N) / N
     assert float(best.best_model_score) == 2.0
-    with pytest.raises(MisconfigurationException, match="gate='loss' is not a logged metric; logged are: .*val_loss"):
+    with pytest.raises(
+        MisconfigurationException, match="gate='loss' is not a logged metric; logged are: .*val_loss"
+    ):
         trainer(pruning(gate="loss")).fit(Lit(), loader(), loader())
 
 
@@ -345,7 +369,11 @@ def test_36_copies_of_callbacks_hold_no_model_trainer_or_loader():
             self.sizes = [len(pickle.dumps(c)) for c in kept]
             for c in kept:
                 twin = copy.deepcopy(c)
-                bad = [o for o in gc.get_referents(twin.__dict__) if isinstance(o, nn.Module | pl.Trainer | torch.optim.Optimizer)]
+                bad = [
+                    o
+                    for o in gc.get_referents(twin.__dict__)
+                    if isinstance(o, nn.Module | pl.Trainer | torch.optim.Optimizer)
+                ]
                 assert not bad
 
     check = CopyAll()
@@ -422,11 +450,11 @@ def test_44_several_optimizers_count_once():
     prune, lit = lc.ScheduledPruning(sparsity=0.5, begin=0.25, end=0.5, every=1), Adversarial()
     t = trainer(prune)
     t.fit(lit, loader())
-    assert t.global_step == 32 and prune.steps == 16 and prune._span == (4, 8)
+    assert t.global_step == 32 and prune.steps == 16 and prune.span == (4, 8)
     assert sparsity(lit) == count_pruned(0.5, N + 9) / (N + 9)
     limited = lc.ScheduledPruning(sparsity=0.5, begin=0.5, end=1.0, every=1)
     trainer(limited, max_epochs=-1, max_steps=24).fit(Adversarial(), loader())
-    assert limited.finished and limited._span == (6, 11)
+    assert limited.finished and limited.span == (6, 11)
 
 
 def test_45_train_and_eval_flags_are_as_the_user_left_them():
@@ -485,7 +513,10 @@ def test_48_early_stopping_before_the_schedule_ends(tmp_path):
     def stop():
         return EarlyStopping("val_loss", patience=1, min_delta=100.0)
 
-    with pytest.warns(UserWarning, match=r"stopped at optimizer step 16, before the pruning schedule ends at step 40.*protect_schedule"):
+    with pytest.warns(
+        UserWarning,
+        match=r"stopped at optimizer step 16, before the pruning schedule ends at step 40.*protect_schedule",
+    ):
         trainer(pruning(end=40), stop(), max_epochs=8).fit(Lit(), loader(), loader())
     lit = Lit()
     t = trainer(pruning(end=40, protect_schedule=True), stop(), max_epochs=8)
@@ -507,10 +538,15 @@ def test_49_the_order_of_callbacks_changes_nothing_or_is_refused():
 
 def test_51_slashes_in_metric_names(tmp_path):
     best = ModelCheckpoint(
-        tmp_path, monitor="compress/at_target/val_loss", filename="best-{epoch}", auto_insert_metric_name=False
+        tmp_path,
+        monitor="compress/at_target/val_loss",
+        filename="best-{epoch}",
+        auto_insert_metric_name=False,
     )
     profiler = AdvancedProfiler(dirpath=tmp_path, filename="profile", dump_stats=True)
-    t = trainer(pruning(gate="val_loss"), lc.BatchNormFusion(), lc.CompressionMonitor(), best, profiler=profiler)
+    t = trainer(
+        pruning(gate="val_loss"), lc.BatchNormFusion(), lc.CompressionMonitor(), best, profiler=profiler
+    )
     t.fit(BatchNormLit(), loader(), loader())
     assert [p.name for p in tmp_path.glob("*.ckpt")] == ["best-0.ckpt"] or list(tmp_path.glob("best-*.ckpt"))
     assert not [p for p in tmp_path.iterdir() if p.is_dir() and p.name.startswith("best")]
@@ -518,7 +554,12 @@ def test_51_slashes_in_metric_names(tmp_path):
 
 
 def test_58_configured_callbacks_pickle():
-    for callback in (pruning(schedule="linear", gate="val_loss"), pruning(schedule={0.5: 0.5, 1.0: 1.0}), lc.BatchNormFusion(), lc.CompressionMonitor()):
+    for callback in (
+        pruning(schedule="linear", gate="val_loss"),
+        pruning(schedule={0.5: 0.5, 1.0: 1.0}),
+        lc.BatchNormFusion(),
+        lc.CompressionMonitor(),
+    ):
         twin = pickle.loads(pickle.dumps(callback))
         assert twin.state_key == callback.state_key and twin.state_dict() == callback.state_dict()
 

@@ -13,7 +13,10 @@ from lightning_compress import codes
 from lightning_compress.codes import Mask, same_bits
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=20), st.sampled_from([torch.float32, torch.bfloat16, torch.complex64]))
+@given(
+    st.lists(st.booleans(), min_size=1, max_size=20),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.complex64]),
+)
 def test_mask_rebuilds_the_weight_bit_for_bit(kept, dtype):
     mask = torch.tensor(kept)
     weight = torch.randn(len(kept), dtype=dtype) * mask
@@ -51,10 +54,17 @@ def test_codes_travel_with_copies_and_never_enter_the_state_dict():
     assert not list(codes.of(layer)) and layer.__dict__.keys() == nn.Linear(1, 1).__dict__.keys()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.int64, torch.bool]
+)
 def test_same_bits(dtype):
     a = torch.tensor([0, 1]).to(dtype)
-    assert same_bits(a, a.clone()) and not same_bits(a, a.flip(0)) and same_bits(a[:0], a[:0]) and same_bits(a[0], a[0].clone())
+    assert (
+        same_bits(a, a.clone())
+        and not same_bits(a, a.flip(0))
+        and same_bits(a[:0], a[:0])
+        and same_bits(a[0], a[0].clone())
+    )
     assert not same_bits(a, a.view(2, 1)) and not same_bits(a, torch.zeros(2, dtype=torch.int8))
 
 

@@ -7,10 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from lightning_compress.functional.masks import apply_mask_, count_pruned, pack_bits, row_mask, topk_mask, unpack_bits
+from lightning_compress.functional.masks import (
+    apply_mask_,
+    count_pruned,
+    pack_bits,
+    row_mask,
+    topk_mask,
+    unpack_bits,
+)
 
 SCORES = st.lists(
-    arrays(np.float32, st.integers(0, 12), elements=st.sampled_from([-np.inf, 0.0, 1.0, 1.5, 2.0, 3.0])), min_size=1, max_size=4
+    arrays(np.float32, st.integers(0, 12), elements=st.sampled_from([-np.inf, 0.0, 1.0, 1.5, 2.0, 3.0])),
+    min_size=1,
+    max_size=4,
 )
 
 

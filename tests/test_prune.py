@@ -26,7 +26,9 @@ def total(model):
     return sum(t.weight.numel() for t in find(model))
 
 
-@given(st.floats(0, 0.999), st.sampled_from(["global", "layer", "row"]), st.sampled_from(["magnitude", "random"]))
+@given(
+    st.floats(0, 0.999), st.sampled_from(["global", "layer", "row"]), st.sampled_from(["magnitude", "random"])
+)
 def test_exactly_as_many_zeros_as_asked_for(s, scope, criterion):
     model = lc.compress(mlp(), [lc.Prune(s, scope=scope, criterion=criterion)]).model
     if scope == "global":
@@ -54,7 +56,9 @@ def test_the_lowest_magnitudes_go(scope):
 
 
 def test_random_masks_depend_on_seed_and_name_only():
-    a, b = (lc.compress(mlp(0), [lc.Prune(0.5, criterion="random", scope="layer", seed=s)]).model for s in (1, 2))
+    a, b = (
+        lc.compress(mlp(0), [lc.Prune(0.5, criterion="random", scope="layer", seed=s)]).model for s in (1, 2)
+    )
     again = lc.compress(mlp(9), [lc.Prune(0.5, criterion="random", scope="layer", seed=1, exclude="0")]).model
     assert not torch.equal(a[2].weight == 0, b[2].weight == 0)
     assert torch.equal(a[2].weight == 0, again[2].weight == 0)
@@ -81,7 +85,9 @@ def test_a_stale_mask_is_not_taken_over_but_zeros_can_be_inferred():
             t.weight.flatten()[0] = 0.0
     again = lc.compress(half, [lc.Prune(0.1)]).model
     assert sum(zeros(again).values()) == count_pruned(0.1, total(again))
-    first = lc.compress(half, [lc.Prune(0.1, infer_masks=True, criterion=lambda t, s: -t.weight.detach())]).model
+    first = lc.compress(
+        half, [lc.Prune(0.1, infer_masks=True, criterion=lambda t, s: -t.weight.detach())]
+    ).model
     assert all(t.weight.flatten()[0] == 0 for t in find(first))
 
 
@@ -116,7 +122,10 @@ def test_cap_per_layer_and_warning_for_an_emptied_layer():
         net[0].weight.mul_(1e-3)
     with pytest.warns(UserWarning, match=r"0\.weight has no weight left.*max_layer_sparsity"):
         assert zeros(lc.compress(net, [lc.Prune(0.6)]).model) == {"0.weight": 100, "1.weight": 20}
-    assert zeros(lc.compress(net, [lc.Prune(0.6, max_layer_sparsity=0.9)]).model) == {"0.weight": 90, "1.weight": 30}
+    assert zeros(lc.compress(net, [lc.Prune(0.6, max_layer_sparsity=0.9)]).model) == {
+        "0.weight": 90,
+        "1.weight": 30,
+    }
     with pytest.raises(ValueError, match="asks for 160 zeros, but max_layer_sparsity=0.5 allows 100"):
         lc.compress(net, [lc.Prune(0.8, max_layer_sparsity=0.5)])
 
@@ -138,7 +147,10 @@ def test_a_criterion_is_a_plain_function_that_may_ask_for_stats():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsity": 1.0}, r"sparsity=1.0: allowed is 0 <= sparsity < 1 \(1 would remove the layer: use DropLayers\)"),
+        (
+            {"sparsity": 1.0},
+            r"sparsity=1.0: allowed is 0 <= sparsity < 1 \(1 would remove the layer: use DropLayers\)",
+        ),
         ({"sparsity": -0.1}, "sparsity=-0.1"),
         ({"sparsity": {"fc": 1.5}}, "sparsity=1.5 for 'fc'"),
         ({"criterion": "size"}, "criterion='size' is unknown; allowed: magnitude, random"),
@@ -164,7 +176,9 @@ def test_scores_must_fit_the_weight_and_be_finite():
 def test_a_plan_for_another_architecture_is_refused_and_writes_nothing():
     prune = lc.Prune(0.5)
     plan = prune.plan(mlp())
-    other = nn.Sequential(nn.Linear(7, 11), nn.ReLU(), nn.Conv1d(11, 6, 3), nn.BatchNorm1d(6), nn.Linear(3, 2))
+    other = nn.Sequential(
+        nn.Linear(7, 11), nn.ReLU(), nn.Conv1d(11, 6, 3), nn.BatchNorm1d(6), nn.Linear(3, 2)
+    )
     with pytest.raises(ValueError, match=r"2\.weight has shape \(5, 11, 3\), its weight \(6, 11, 3\)"):
         prune.apply(other, plan)
     assert sum(zeros(other).values()) == 0 and not list(codes.of(other))

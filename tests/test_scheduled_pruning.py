@@ -37,7 +37,10 @@ class Probe(pl.Callback):
 
 @pytest.mark.parametrize("shape", ["cubic", "linear", "cosine", "constant"])
 def test_sparsity_follows_the_schedule_at_every_step_and_is_logged_so(tmp_path, shape):
-    prune, probe = lc.ScheduledPruning(sparsity=0.8, schedule=shape, begin=2, end=12, unit="step", every=1), Probe()
+    prune, probe = (
+        lc.ScheduledPruning(sparsity=0.8, schedule=shape, begin=2, end=12, unit="step", every=1),
+        Probe(),
+    )
     log = CSVLogger(tmp_path)
     trainer(prune, probe, logger=log, log_every_n_steps=1).fit(Lit(), loader())
     schedule = Schedule(prune.shape, 2, 12, 0.0, 0.8)
@@ -61,7 +64,7 @@ def test_masks_move_only_when_due_and_at_the_end():
 def test_the_target_is_trained_for_at_least_one_step():
     prune, probe = lc.ScheduledPruning(sparsity=0.7, begin=0.0, end=1.0, every=100), Probe()
     trainer(prune, probe).fit(Lit(), loader())
-    assert prune._span == (0, 15) and probe.sparsity[-2:] == pytest.approx([count_pruned(0.7, N) / N] * 2)
+    assert prune.span == (0, 15) and probe.sparsity[-2:] == pytest.approx([count_pruned(0.7, N) / N] * 2)
     last, before = probe.weights[-1]["net.0.weight"], probe.weights[-2]["net.0.weight"]
     assert not torch.equal(last, before)
 
@@ -74,13 +77,19 @@ def test_zeros_stay_and_moments_and_gradients_of_masked_entries_are_zero():
             for target in lc.find(pl_module):
                 gone = ~prune.masks[target.key]
                 state = trainer.optimizers[0].state[target.weight]
-                assert not target.weight[gone].any() and not state["exp_avg"][gone].any() and not state["exp_avg_sq"][gone].any()
+                assert (
+                    not target.weight[gone].any()
+                    and not state["exp_avg"][gone].any()
+                    and not state["exp_avg_sq"][gone].any()
+                )
                 Check.seen += int(gone.sum())
 
         def on_before_zero_grad(self, trainer, pl_module, optimizer):
             for target in lc.find(pl_module):
                 if target.weight.grad is not None and prune.masks:
-                    assert not target.weight.grad[~prune.masks[target.key]].any() or trainer.global_step in (4,)
+                    assert not target.weight.grad[~prune.masks[target.key]].any() or trainer.global_step in (
+                        4,
+                    )
 
     prune = lc.ScheduledPruning(sparsity=0.6, begin=4, end=4, unit="step")
     trainer(prune, Check()).fit(Lit(), loader())
@@ -112,7 +121,9 @@ def test_other_optimizers(optimizer):
             return {
                 "lbfgs": lambda: torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3),
                 "fused": lambda: torch.optim.Adam(self.parameters(), fused=True),
-                "sgd-clip": lambda: torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2),
+                "sgd-clip": lambda: torch.optim.SGD(
+                    self.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2
+                ),
             }[optimizer]()
 
     prune = lc.ScheduledPruning(sparsity=0.5, begin=1, end=5, unit="step", every=2)
@@ -126,7 +137,7 @@ def test_steps_epochs_and_fractions_name_the_same_point():
     for begin, end, unit in ((4, 12, "step"), (0.5, 1.5, "epoch"), (0.25, 0.75, "fraction")):
         prune = lc.ScheduledPruning(sparsity=0.5, begin=begin, end=end, unit=unit)
         trainer(prune).fit(Lit(), loader())
-        spans.add(prune._span)
+        spans.add(prune.span)
     assert spans == {(4, 12)}
 
 
@@ -155,7 +166,9 @@ def test_resume_at_any_step_equals_the_uninterrupted_run(tmp_path, stop, accumul
     def run(*callbacks, ckpt=None):
         prune, lit = lc.ScheduledPruning(sparsity=0.8, begin=2, end=13, unit="step", every=3), Lit()
         t = trainer(prune, *callbacks, max_steps=16, max_epochs=-1, accumulate_grad_batches=accumulate)
-        t.fit(lit, loader(4 * accumulate, 4), ckpt_path=ckpt)  # one step an epoch: checkpoints stand between epochs
+        t.fit(
+            lit, loader(4 * accumulate, 4), ckpt_path=ckpt
+        )  # one step an epoch: checkpoints stand between epochs
         return lit, prune, t
 
     whole, masks, t0 = run()
@@ -196,7 +209,10 @@ def test_what_fits_nothing_is_an_error_before_training():
         def configure_optimizers(self):
             return torch.optim.SGD([p for p in self.parameters() if p.dim() == 1], lr=0.1)
 
-    with pytest.raises(MisconfigurationException, match=r"(?s)nothing to prune.*net\.0\.weight, net\.2\.weight: no optimizer updates it"):
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"(?s)nothing to prune.*net\.0\.weight, net\.2\.weight: no optimizer updates it",
+    ):
         trainer(lc.ScheduledPruning(sparsity=0.5)).fit(Frozen(), loader())
 
 
@@ -222,7 +238,9 @@ def test_an_endless_training_needs_steps():
     with pytest.raises(ValueError, match="no known length, so give begin with unit='step'"):
         trainer(lc.ScheduledPruning(sparsity=0.5), max_epochs=-1).fit(Lit(), loader())
     lit = Lit()
-    trainer(lc.ScheduledPruning(sparsity=0.5, begin=1, end=3, unit="step"), Stop(), max_epochs=-1).fit(lit, loader())
+    trainer(lc.ScheduledPruning(sparsity=0.5, begin=1, end=3, unit="step"), Stop(), max_epochs=-1).fit(
+        lit, loader()
+    )
     assert sparsity(lit) == 0.5
 
 
@@ -230,7 +248,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     save = ModelCheckpoint(tmp_path, save_last=True)
     trainer(lc.ScheduledPruning(sparsity=0.5), save).fit(Lit(), loader())
     with pytest.raises(MisconfigurationException, match=r"masks for \['net\.2\.weight'\]"):
-        trainer(lc.ScheduledPruning(sparsity=0.5, exclude="net.2"), max_epochs=3).fit(Lit(), loader(), ckpt_path=tmp_path / "last.ckpt")
+        trainer(lc.ScheduledPruning(sparsity=0.5, exclude="net.2"), max_epochs=3).fit(
+            Lit(), loader(), ckpt_path=tmp_path / "last.ckpt"
+        )
 
 
 def test_non_finite_weights_name_the_layer():
@@ -243,17 +263,35 @@ def test_non_finite_weights_name_the_layer():
 def test_sharded_strategies_are_refused_with_the_reason(monkeypatch):
     t = trainer(lc.ScheduledPruning(sparsity=0.5))
     monkeypatch.setattr(type(t.strategy), "restore_checkpoint_after_setup", property(lambda self: True))
-    with pytest.raises(MisconfigurationException, match="cannot work under SingleDeviceStrategy, which shards"):
+    with pytest.raises(
+        MisconfigurationException, match="cannot work under SingleDeviceStrategy, which shards"
+    ):
         t.fit(Lit(), loader())
 
 
-@pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"barebones": True}, {"limit_train_batches": 0}, {"max_epochs": 0}])
+@pytest.mark.parametrize(
+    "options", [{"fast_dev_run": True}, {"barebones": True}, {"limit_train_batches": 0}, {"max_epochs": 0}]
+)
 def test_short_and_bare_runs(options):
     lit = Lit()
     with pytest.warns() if options.get("barebones") else __import__("contextlib").nullcontext():
         settings = {"enable_checkpointing": False} if options.get("barebones") else {}
-        quiet = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-        t = pl.Trainer(**{**quiet, **settings, "max_epochs": 1, **options, "callbacks": [lc.ScheduledPruning(sparsity=0.5)]})
+        quiet = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": False,
+        }
+        t = pl.Trainer(
+            **{
+                **quiet,
+                **settings,
+                "max_epochs": 1,
+                **options,
+                "callbacks": [lc.ScheduledPruning(sparsity=0.5)],
+            }
+        )
         t.fit(lit, loader(), loader())
     trained = t.global_step > 0
     assert sparsity(lit) == (0.5 if trained else 0.0)

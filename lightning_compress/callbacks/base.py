@@ -1,4 +1,4 @@
-"""What every callback of the library does: keep the user's module and checkpoints plain, carry structure, leave nothing behind.
+"""What every callback of the library does: keep module and checkpoints plain, carry structure, leave nothing behind.
 
 Hook order and what is safe where is Lightning's; the reasons for the choices are in ``docs/architecture.md``.
 """
@@ -10,10 +10,10 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_compress.transform import Step, applied, replay
@@ -29,6 +29,32 @@ def logged_step(trainer: Trainer) -> int:
         x value for ``logger.log_metrics``.
     """
     return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
+
+
+def log_due(trainer: Trainer) -> bool:
+    """Whether Lightning logs step metrics at the present step.
+
+    Args:
+        trainer: the running trainer.
+
+    Returns:
+        True every ``log_every_n_steps`` steps.
+    """
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return bool(every) and (logged_step(trainer) + 1) % every == 0
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The callbacks of a Trainer (its connector sets the attribute, so type checkers do not know it).
+
+    Args:
+        trainer: any trainer.
+
+    Returns:
+        The callbacks in their order.
+    """
+    found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return found
 
 
 class _Patch:
@@ -62,7 +88,9 @@ def _plain_method(module: LightningModule, attribute: str) -> Any:
 
 def _strip_non_tensors(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """Drop what is not a tensor and not PyTorch's own extra state: strict and ``weights_only`` loading fail on it."""
-    for key in [k for k, v in state_dict.items() if not isinstance(v, Tensor) and not k.endswith("_extra_state")]:
+    for key in [
+        k for k, v in state_dict.items() if not isinstance(v, Tensor) and not k.endswith("_extra_state")
+    ]:
         del state_dict[key]
 
 
@@ -73,18 +101,21 @@ def _structural(module: LightningModule) -> tuple[str, ...]:
 class CompressionCallback(Callback):
     """Base of the library's callbacks.
 
-    It strips non-tensor entries (neuraloperator's ``_metadata``) from checkpoints, stores the structural steps the model carries and
-    replays them on a fresh module before weights load, refuses strategies and orders that cannot work, and undoes all it did to the module
-    or an optimizer in ``teardown`` and, because Lightning skips that on errors, in ``on_exception``.
+    It strips non-tensor entries (neuraloperator's ``_metadata``) from checkpoints, stores the structural
+    steps the model carries and replays them on a fresh module before weights load, refuses strategies and
+    orders that cannot work, and undoes all it did to the module or an optimizer in ``teardown`` and,
+    because Lightning skips that on errors, in ``on_exception``.
 
     Args:
         name: distinguishes several instances of one class in a Trainer; part of the checkpoint key.
 
     Attributes:
         changes_weights: whether the callback must stand after weight-averaging callbacks.
+        logged: quantities it logs by itself as ``compress/<quantity>``, which a monitor leaves to it.
     """
 
     changes_weights: ClassVar[bool] = False
+    logged: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, name: str | None = None) -> None:
         super().__init__()
@@ -110,7 +141,7 @@ class CompressionCallback(Callback):
         self._structure = _structural(pl_module)
         self._patch(pl_module, "on_load_checkpoint", self._replay)
         if not any(hook is _strip_non_tensors for hook in pl_module._state_dict_hooks.values()):
-            self._undo.append(pl_module._register_state_dict_hook(_strip_non_tensors).remove)
+            self._undo.append(pl_module._register_state_dict_hook(_strip_non_tensors).remove)  # type: ignore[no-untyped-call]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Undo every hook and patch."""
@@ -120,15 +151,21 @@ class CompressionCallback(Callback):
         """Undo every hook and patch; Lightning calls no ``teardown`` after an error."""
         self._release()
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Keep the weights in the checkpoint plain tensors, also when the hooks are already gone."""
-        for key in ("state_dict", "current_model_state"):
+        for key in ("state_dict", "current_model_state", "averaging_state"):
             _strip_non_tensors(pl_module, checkpoint.get(key, {}), "", {})
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Say when a resumed checkpoint knows nothing of this callback."""
         if trainer.state.fn == "fit" and self.state_key not in checkpoint.get("callbacks", {}):
-            rank_zero_warn(f"the checkpoint has no state of {self.state_key}: it starts anew from the loaded weights.")
+            rank_zero_warn(
+                f"the checkpoint has no state of {self.state_key}: it starts anew from the loaded weights."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Structural steps as JSON text; subclasses add their own."""
@@ -151,9 +188,8 @@ class CompressionCallback(Callback):
                 f"{me} cannot work under {type(trainer.strategy).__name__}, which shards the weights before a callback sees them; "
                 "use strategy='ddp' or one device, or compress the consolidated checkpoint after training."
             )
-        if not self.changes_weights or self not in trainer.callbacks:
-            return
-        later = trainer.callbacks[trainer.callbacks.index(self) + 1 :]
+        callbacks = callbacks_of(trainer)
+        later = callbacks[callbacks.index(self) + 1 :] if self in callbacks and self.changes_weights else []
         for other in later:
             if isinstance(other, WeightAveraging | StochasticWeightAveraging):
                 raise MisconfigurationException(

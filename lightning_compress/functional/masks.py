@@ -33,8 +33,9 @@ def count_pruned(sparsity: float, total: int) -> int:
 def topk_mask(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     """Masks that drop exactly the ``k`` lowest scores of several tensors ranked together.
 
-    The order is (score, tensor order, flat index), so ties are decided the same way on every machine. No sort: the k-th smallest
-    value is selected in O(N), everything below it goes, then the first of the elements that equal it.
+    The order is (score, tensor order, flat index), so ties are decided the same way on every machine. No
+    sort: the k-th smallest value is selected in O(N), everything below it goes, then the first of the
+        elements that equal it.
 
     Args:
         scores: real tensors of any shapes on one device; higher = keep; -inf goes first.
@@ -65,7 +66,7 @@ def topk_mask(scores: Sequence[Tensor], k: int) -> list[Tensor]:
         keep &= ~below
         ties = (flat == threshold).nonzero().squeeze(1)
         keep[ties[: k - int(below.sum())]] = False
-    return [m.view_as(s) for m, s in zip(keep.split([s.numel() for s in scores]), scores, strict=True)]
+    return [m.view_as(s) for m, s in zip(torch.split(keep, [s.numel() for s in scores]), scores, strict=True)]
 
 
 def row_mask(scores: Tensor, k: int, axis: int) -> Tensor:
@@ -144,6 +145,8 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """
     n = math.prod(shape)
     if packed.numel() != (n + 7) // 8:
-        raise ValueError(f"{packed.numel()} bytes of mask for shape {tuple(shape)}: {(n + 7) // 8} are needed.")
+        raise ValueError(
+            f"{packed.numel()} bytes of mask for shape {tuple(shape)}: {(n + 7) // 8} are needed."
+        )
     bits = np.unpackbits(packed.cpu().numpy(), count=n) if n else np.zeros(0, np.uint8)
     return torch.from_numpy(bits.astype(np.bool_)).view(tuple(shape))

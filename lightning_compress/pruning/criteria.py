@@ -1,7 +1,8 @@
 """Which weights matter: criteria give every element a score, higher = keep.
 
-A criterion is a plain function ``f(target, stats) -> scores``. One that looks at activations or gradients says so in its attribute ``needs``
-(names of the fields of :class:`lightning_compress.stats.Stats`), and gets them measured.
+A criterion is a plain function ``f(target, stats) -> scores``. One that looks at activations or gradients
+says so in its attribute ``needs`` (names of the fields of :class:`lightning_compress.stats.Stats`), and
+gets them measured.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def magnitude(target: Target, stats: Stats | None = None) -> Tensor:
 
 
 def random(seed: int) -> Criterion:
-    """Uniform noise, ``s ~ U(0, 1)``, from a private generator seeded by (seed, parameter name), so layers do not depend on one another.
+    """Uniform noise, ``s ~ U(0, 1)``, from a private generator seeded by (seed, parameter name) for every layer.
 
     Args:
         seed: any integer.
@@ -55,7 +56,9 @@ def random(seed: int) -> Criterion:
     def scores(target: Target, stats: Stats | None) -> Tensor:
         digest = hashlib.blake2b(f"{seed}:{target.key}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        return torch.rand(target.weight.shape, generator=generator, dtype=torch.float64).to(target.weight.device)
+        return torch.rand(target.weight.shape, generator=generator, dtype=torch.float64).to(
+            target.weight.device
+        )
 
     return scores
 
@@ -86,4 +89,6 @@ def criterion(name: str | Criterion, seed: int) -> Criterion:
         return magnitude
     if name == "random":
         return random(seed)
-    raise ValueError(f"criterion={name!r} is unknown; allowed: {', '.join(CRITERIA)}, or a function of (target, stats).")
+    raise ValueError(
+        f"criterion={name!r} is unknown; allowed: {', '.join(CRITERIA)}, or a function of (target, stats)."
+    )

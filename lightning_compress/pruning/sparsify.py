@@ -29,14 +29,16 @@ _UNITS = ("absolute", "row_mean")
 class Prune(Transform):
     r"""Set the weights with the lowest scores to zero.
 
-    Of a set of N elements at sparsity s exactly ``k = floor(s N + 0.5)`` are zero afterwards: the k lowest by (score, target order, flat
-    index). Elements that an earlier mask already holds at zero count among the k. A global ranking never mixes complex and real weights.
-    Masked weights make the archive smaller; they do not make the forward pass faster.
+    Of a set of N elements at sparsity s exactly ``k = floor(s N + 0.5)`` are zero afterwards: the k lowest
+    by (score, target order, flat index). Elements that an earlier mask already holds at zero count among
+    the k. A global ranking never mixes complex and real weights. Masked weights make the archive smaller;
+    they do not make the forward pass faster.
 
     Args:
         sparsity: share of zeros in [0, 1), of the dense count; or a mapping from name pattern to share.
         criterion: "magnitude", "random", or a function ``(target, stats) -> scores``, higher = keep.
-        scope: what is ranked together: "global" (all targets), "layer" (each target) or "row" (each output row).
+        scope: what is ranked together: "global" (all targets), "layer" (each target) or "row" (each output
+            row).
         threshold: instead of ``sparsity``: an element goes if its score is below this, > 0.
         threshold_unit: "absolute", or "row_mean" (threshold times the mean score of the output row).
         max_layer_sparsity: cap per target under scope="global", in (0, 1].
@@ -85,11 +87,15 @@ class Prune(Transform):
         if self.scope not in _SCOPES:
             raise ValueError(f"scope={self.scope!r} is unknown; allowed: {', '.join(_SCOPES)}.")
         if self.threshold_unit not in _UNITS:
-            raise ValueError(f"threshold_unit={self.threshold_unit!r} is unknown; allowed: {', '.join(_UNITS)}.")
+            raise ValueError(
+                f"threshold_unit={self.threshold_unit!r} is unknown; allowed: {', '.join(_UNITS)}."
+            )
         if self.threshold is not None and not self.threshold > 0:
             raise ValueError(f"threshold={self.threshold}: allowed is > 0 (None prunes by sparsity).")
         if not 0 < self.max_layer_sparsity <= 1:
-            raise ValueError(f"max_layer_sparsity={self.max_layer_sparsity}: allowed is 0 < max_layer_sparsity <= 1.")
+            raise ValueError(
+                f"max_layer_sparsity={self.max_layer_sparsity}: allowed is 0 < max_layer_sparsity <= 1."
+            )
         if self.samples < 1:
             raise ValueError(f"samples={self.samples}: allowed is >= 1.")
         criterion(self.criterion, self.seed)
@@ -233,7 +239,8 @@ class Prune(Transform):
             kept = {t.key: self._row(t, ranked[t.key], shares[t.key]) for t in targets}
         elif self.scope == "layer":
             kept = {
-                t.key: topk_mask([ranked[t.key]], count_pruned(shares[t.key], t.weight.numel()))[0] for t in targets
+                t.key: topk_mask([ranked[t.key]], count_pruned(shares[t.key], t.weight.numel()))[0]
+                for t in targets
             }
         else:
             kept = self._global(targets, ranked, shares)

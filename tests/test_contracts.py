@@ -1,0 +1,236 @@
+"""Every transform runs through the same contracts; a new method adds one row to ``CASES``."""
+
+import copy
+import json
+import pickle
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_compress as lc
+from lightning_compress import codes
+from lightning_compress.codes import same_bits
+from lightning_compress.plans import from_json, to_json
+from lightning_compress.targets import find
+from lightning_compress.transform import Transform
+
+
+@dataclass(frozen=True)
+class Case:
+    """One transform: weaker to stronger settings, and its identity if it has a strength."""
+
+    levels: tuple[Transform, ...]
+    identity: Transform | None = None
+    options: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        return type(self.levels[0]).__name__ + "".join(f"-{k}-{v}" for k, v in (self.options or {}).items())
+
+
+def prune(**options: Any) -> Case:
+    levels = tuple(lc.Prune(s, **options) for s in (0.2, 0.5, 0.9))
+    return Case(levels, lc.Prune(0.0, **options), options)
+
+
+CASES = [
+    prune(),
+    prune(criterion="random", scope="layer"),
+    prune(scope="row"),
+    Case((lc.FuseBatchNorm(),)),
+]
+
+
+class Net(nn.Module):
+    """Grouped and transposed convolutions, BatchNorm, attention, an embedding, and a shared weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.group = nn.Conv2d(8, 8, 3, padding=1, groups=4, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.up = nn.ConvTranspose2d(8, 6, 2, stride=2)
+        self.bn3 = nn.BatchNorm2d(6)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.a = nn.Linear(6, 6)
+        self.b = nn.Linear(6, 6)
+        self.b.weight = self.a.weight
+        self.embedding = nn.Embedding(4, 6)
+        for norm in (self.bn, self.bn2, self.bn3):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn3(self.up(self.bn2(self.group(torch.relu(self.bn(self.conv(x)))))))
+        x = x.flatten(2).transpose(1, 2) + self.embedding.weight[0]
+        x = self.attention(x, x, x, need_weights=False)[0]
+        return self.b(torch.relu(self.a(x)))
+
+
+def fno() -> nn.Module:
+    return pytest.importorskip("neuralop.models").FNO(
+        n_modes=(4, 4),
+        in_channels=3,
+        out_channels=1,
+        hidden_channels=6,
+        n_layers=2,
+        projection_channel_ratio=1,
+    )
+
+
+def batchnorm_fno() -> nn.Module:
+    net = nn.Sequential(fno(), nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4))
+    net[2].running_mean.normal_()
+    return net
+
+
+MODELS = {"net": Net, "fno": batchnorm_fno}
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+def model(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[kind]().eval()
+
+
+def tensors(m: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in m.state_dict().items() if isinstance(v, torch.Tensor)}
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    x, y = tensors(a), tensors(b)
+    return list(x) == list(y) and all(same_bits(x[k], y[k]) for k in x)
+
+
+@pytest.fixture(params=CASES, ids=repr)
+def case(request):
+    return request.param
+
+
+@pytest.fixture(params=MODELS)
+def kind(request):
+    return request.param
+
+
+def run(transform, m, **options):
+    return lc.compress(m, [transform], example_input=X, **options)
+
+
+def test_plan_writes_nothing(case, kind):
+    m = model(kind)
+    before, hooks = copy.deepcopy(m), [len(x._forward_hooks) for x in m.modules()]
+    rng = torch.random.get_rng_state()
+    case.levels[-1].plan(m, lc.stats.Calibration(example_input=X))
+    assert same(m, before) and not list(codes.of(m)) and torch.equal(rng, torch.random.get_rng_state())
+    assert hooks == [len(x._forward_hooks) for x in m.modules()] and not m.training
+
+
+def test_same_seed_same_plan_same_bytes(case, kind):
+    a, b = (run(case.levels[-1], model(kind)) for _ in range(2))
+    assert json.dumps(to_json(a.plan[0])) == json.dumps(to_json(b.plan[0])) and same(a.model, b.model)
+
+
+def test_strength_zero_is_the_identity(case, kind):
+    if case.identity is None:
+        assert case.levels[0].structural  # no strength: all or nothing
+        return
+    assert same(run(case.identity, model(kind)).model, model(kind))
+
+
+def test_keys_order_and_parameters_are_kept_or_the_rewrite_is_declared(case, kind):
+    m = model(kind)
+    keys, ids = list(m.state_dict()), [id(p) for p in m.parameters()]
+    run(case.levels[-1], m, inplace=True)
+    if case.levels[0].structural:
+        assert set(map(id, m.parameters())) & set(ids) and list(m.state_dict()) != keys
+    else:
+        assert list(m.state_dict()) == keys and [id(p) for p in m.parameters()] == ids
+
+
+def test_shape_dtype_and_complexness_are_kept(case, kind):
+    m = model(kind)
+    after = tensors(run(case.levels[-1], m).model)
+    for key, value in tensors(m).items():
+        if key in after:
+            assert (after[key].shape, after[key].dtype, after[key].device) == (
+                value.shape,
+                value.dtype,
+                value.device,
+            )
+
+
+def test_forward_runs_and_strength_counts(case, kind):
+    m = model(kind)
+    results = [run(t, m) for t in case.levels]
+    assert all(torch.isfinite(r.model(X)).all() for r in results)
+    bits = [r.before.bits for r in results[:1]] + [r.after.bits for r in results]
+    assert bits == sorted(bits, reverse=True) or case.levels[0].structural
+
+
+def test_copies_and_pickles_are_equal(case, kind):
+    m = run(case.levels[-1], model(kind)).model
+    for twin in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
+        assert same(twin, m) and torch.equal(twin(X), m(X))
+        assert [c for *_, c in codes.of(twin)] == [c for *_, c in codes.of(m)]
+
+
+def test_archives_come_back(case, kind, tmp_path):
+    m = run(case.levels[-1], model(kind)).model
+    info = lc.save(m, tmp_path / "net.lcz")
+    assert info.file_bytes == (tmp_path / "net.lcz").stat().st_size
+    back = lc.load(tmp_path / "net.lcz", into=model(kind))
+    assert same(back, m) and torch.equal(back(X), m(X))
+    assert [c for *_, c in codes.of(back)] == [c for *_, c in codes.of(m)]
+
+
+def test_finalize_equals_before(case, kind):
+    m = run(case.levels[-1], model(kind)).model
+    final = lc.finalize(m)
+    assert final is not m and same(final, m) and torch.equal(final(X), m(X))
+
+
+def test_excluded_layers_are_untouched(case, kind):
+    m = model(kind)
+    part = {"net": "up", "fno": "1"}[kind]
+    t = type(case.levels[-1])(**{**vars(case.levels[-1]), "exclude": part})
+    try:
+        after = run(t, m).model
+    except lc.NothingChangedError as error:
+        assert part in str(error)
+        return
+    for key, value in tensors(m.get_submodule(part)).items():
+        assert same_bits(tensors(after)[f"{part}.{key}"], value)
+
+
+def test_a_shared_weight_is_compressed_once(case, kind):
+    m = run(case.levels[-1], model(kind)).model
+    if kind == "net":
+        assert m.a.weight is m.b.weight
+        assert sum(t.weight is m.a.weight for t in find(m)) == 1
+        assert (
+            sum(key.endswith((".a.weight", ".b.weight", "a.weight", "b.weight")) for key, *_ in codes.of(m))
+            <= 1
+        )
+
+
+def test_non_finite_weights_give_a_clear_error(case, kind):
+    m = model(kind)
+    target = find(m)[0]
+    with torch.no_grad():
+        target.weight.view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match=target.key.replace(".", r"\.") + ".*1 of .*not finite"):
+        run(case.levels[-1], m)
+
+
+def test_plans_replay_on_a_fresh_model(case, kind):
+    m = run(case.levels[-1], model(kind))
+    fresh = model(kind)
+    type(case.levels[-1])().apply(fresh, from_json(json.loads(json.dumps(to_json(m.plan[0])))))
+    assert same(fresh, m.model)
+
+
+def test_configuration_is_json(case):
+    assert json.loads(json.dumps(case.levels[-1].config()))["exclude"] is not None
