@@ -1,8 +1,9 @@
 """How a weight can be stored: small records kept beside plain weights.
 
-A code says how best to store a weight (which entries are zero, which grid it lies on); the weight itself says what it *is*. So a code is
-compared with the weight before every use, and a stale one is reported, never trusted. Codes live in the layer's ``__dict__``: they
-travel with ``copy.deepcopy`` and ``pickle`` and never appear in a ``state_dict``.
+A code says how best to store a weight (which entries are zero, which grid it lies on); the weight itself
+says what it *is*. So a code is compared with the weight before every use, and a stale one is reported,
+never trusted. Codes live in the layer's ``__dict__``: they travel with ``copy.deepcopy`` and ``pickle`` and
+never appear in a ``state_dict``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Code(ABC):
 
     Attributes:
         kind: name in archives.
-        stage: what later methods may assume, ``"mask"`` (zeros only) or ``"grid"`` (values on a grid or in a codebook).
+        stage: what later methods may assume, ``"mask"`` (zeros only) or ``"grid"`` (values on a grid or in
+            a codebook).
     """
 
     kind: ClassVar[str] = ""
@@ -69,7 +71,7 @@ class Code(ABC):
 
     @classmethod
     def restore(cls, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Code:
-        """The code that :meth:`arrays` and :meth:`config` came from; an attribute that is a tensor is the array of its name.
+        """The code that :meth:`arrays` and :meth:`config` came from; attributes are found by name in either.
 
         Args:
             arrays: what :meth:`arrays` returned.
@@ -123,12 +125,14 @@ class Mask(Code):
 
     def rebuild(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Zeros with the values written at the kept places."""
+        if arrays["mask"].dtype != torch.bool:  # integers would be taken as positions
+            raise ValueError(f"a mask has dtype {arrays['mask'].dtype}; allowed is torch.bool.")
         weight = torch.zeros(arrays["mask"].shape, dtype=dtype)
         weight[arrays["mask"]] = arrays["values"]
         return weight
 
     def bits(self, weight: Tensor) -> int:
-        """``min(b * N, b * kept + N)`` with b bits an entry: values plus one bit a position, or dense when that is less."""
+        """``min(b N, b kept + N)``, b bits an entry: values plus one bit a position, or dense when that is less."""
         width = weight.element_size() * 8
         return min(width * self.mask.numel(), width * int(self.mask.sum()) + self.mask.numel())
 

@@ -208,7 +208,8 @@ def shape(schedule: str | Mapping[float, float] | Shape) -> Shape:
         function: Shape = getattr(importlib.import_module(module), name)
         return function
     raise ValueError(
-        f"schedule={schedule!r} is unknown; allowed: {', '.join(SHAPES)}, a mapping of steps, or a function of p in [0, 1]."
+        f"schedule={schedule!r} is unknown; allowed: {', '.join(SHAPES)}, a mapping of steps, "
+        "or a function of p in [0, 1]."
     )
 
 

@@ -142,7 +142,7 @@ class Step:
         return known is not None and known.structural
 
     def to_json(self) -> dict[str, Any]:
-        """All that a replay needs, as JSON values: plans of structural steps only, what others did is in the weights."""
+        """All that a replay needs, as JSON values: plans of structural steps only; others are in the weights."""
         return {
             "name": self.name,
             "config": self.config,

@@ -1,7 +1,7 @@
 """What users of compression in Lightning asked for and did not get, one test a wish.
 
-The numbers are those of the list of user reports this library was built from; wishes about logging are in ``test_monitor.py``, about the
-command line in ``test_cli.py``, about several processes in ``test_distributed.py``.
+The numbers are those of the list of user reports this library was built from; wishes about logging are in
+``test_monitor.py``, about the command line in ``test_cli.py``, about several processes in ``test_distributed.py``.
 """
 
 import copy
@@ -45,6 +45,7 @@ def load(path):
 
 class BatchNormLit(Lit):
     def __init__(self):
+        torch.manual_seed(0)
         super().__init__(nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)))
 
 

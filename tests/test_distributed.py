@@ -59,10 +59,12 @@ folder = Path({folder!r})
 save = ModelCheckpoint(folder, save_last=True, every_n_train_steps=3, save_top_k=0)
 prune = lc.ScheduledPruning(sparsity=0.8, begin=4, end=37, unit="step", every=2)
 lit = Lit()
-t = trainer(prune, Slow(), save, max_epochs=3, logger=CSVLogger(folder, name="", version={version!r}), log_every_n_steps=1)
+log = CSVLogger(folder, name="", version={version!r})
+t = trainer(prune, Slow(), save, max_epochs=3, logger=log, log_every_n_steps=1)
 last = folder / "last.ckpt"
 t.fit(lit, Resumable(), ckpt_path=last if {resume} else None)
-torch.save({{"weights": lit.state_dict(), "masks": prune.masks, "optimizer": t.optimizers[0].state_dict()}}, folder / "end.pt")
+end = {{"weights": lit.state_dict(), "masks": prune.masks, "optimizer": t.optimizers[0].state_dict()}}
+torch.save(end, folder / "end.pt")
 """
 
 
@@ -135,7 +137,8 @@ folder, devices = Path({folder!r}), {devices}
 class Rank(pl.Callback):
     def on_train_end(self, t, module):
         logged = sorted(t.callback_metrics)
-        torch.save({{"masks": prune.masks, "weights": module.state_dict(), "logged": logged}}, folder / f"rank{{t.global_rank}}.pt")
+        end = {{"masks": prune.masks, "weights": module.state_dict(), "logged": logged}}
+        torch.save(end, folder / f"rank{{t.global_rank}}.pt")
 
 
 class SGD(Lit):
@@ -147,7 +150,8 @@ class Split(torch.utils.data.Sampler):
     '''Rank r of n sees the r-th part of every global batch.'''
 
     def __init__(self, rank, size):
-        self.order = [i for start in range(0, 32, 8) for i in range(start + rank * 8 // size, start + (rank + 1) * 8 // size)]
+        part = range(rank * 8 // size, (rank + 1) * 8 // size)
+        self.order = [start + i for start in range(0, 32, 8) for i in part]
 
     def __iter__(self):
         return iter(self.order)

@@ -61,7 +61,8 @@ def test_pruning_zeroes_exactly_that_share_of_spectral_entries(sparsity):
 
 def test_fit_checkpoint_resume_and_plain_loading(tmp_path):
     def run(epochs, folder, ckpt=None, **options):
-        prune, lit = lc.ScheduledPruning(sparsity=0.5, begin=1, end=6, unit="step", every=1, include="net." + SPECTRAL), Operator()
+        schedule = {"begin": 1, "end": 6, "unit": "step", "every": 1}
+        prune, lit = lc.ScheduledPruning(sparsity=0.5, include="net." + SPECTRAL, **schedule), Operator()
         saver = ModelCheckpoint(folder, save_last=True, **options)
         trainer(prune, saver, max_epochs=epochs).fit(lit, fields(), ckpt_path=ckpt)
         return lit, prune

@@ -185,16 +185,16 @@ class CompressionCallback(Callback):
         me = type(self).__name__
         if trainer.strategy.restore_checkpoint_after_setup:
             raise MisconfigurationException(
-                f"{me} cannot work under {type(trainer.strategy).__name__}, which shards the weights before a callback sees them; "
-                "use strategy='ddp' or one device, or compress the consolidated checkpoint after training."
+                f"{me} cannot work under {type(trainer.strategy).__name__}, which shards the weights before a "
+                "callback sees them; use strategy='ddp' or one device, or compress the consolidated checkpoint after training."
             )
         callbacks = callbacks_of(trainer)
         later = callbacks[callbacks.index(self) + 1 :] if self in callbacks and self.changes_weights else []
         for other in later:
             if isinstance(other, WeightAveraging | StochasticWeightAveraging):
                 raise MisconfigurationException(
-                    f"{me} must come after {type(other).__name__} in Trainer(callbacks=[...]): averaged weights are dense and are "
-                    f"only compressed again by what follows. Put {me} last."
+                    f"{me} must come after {type(other).__name__} in Trainer(callbacks=[...]): averaged "
+                    f"weights are dense and are only compressed again by what follows. Put {me} last."
                 )
 
     def _patch(self, module: LightningModule, attribute: str, before: Callable[..., Any]) -> None:

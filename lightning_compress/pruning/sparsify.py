@@ -199,7 +199,8 @@ class Prune(Transform):
             score = rule(t, measured.get(t.key))
             if score.shape != t.weight.shape or score.is_complex():
                 raise ValueError(
-                    f"criterion {name_of(self.criterion)} gave {t.key} scores of shape {tuple(score.shape)}, dtype {score.dtype}; "
+                    f"criterion {name_of(self.criterion)} gave {t.key} scores of shape "
+                    f"{tuple(score.shape)}, dtype {score.dtype}; "
                     f"needed are real scores of shape {tuple(t.weight.shape)}."
                 )
             bad = int((~score.isfinite()).sum())
@@ -247,7 +248,7 @@ class Prune(Transform):
         return {t.key: kept[t.key] & old[t.key] for t in targets}
 
     def present_mask(self, target: Target) -> Tensor:
-        """The mask a weight has now: its code's unless stale, its zeros too with ``infer_masks``, otherwise everything kept.
+        """The mask a weight has now: its code's unless stale, its zeros too with ``infer_masks``, else everything kept.
 
         Args:
             target: the weight.
@@ -287,14 +288,16 @@ class Prune(Transform):
             room = sum(int((s < torch.inf).sum()) for s in scores)
             if k > room:
                 raise ValueError(
-                    f"sparsity={share} asks for {k} zeros, but max_layer_sparsity={self.max_layer_sparsity} allows {room}: raise it."
+                    f"sparsity={share} asks for {k} zeros, but max_layer_sparsity="
+                    f"{self.max_layer_sparsity} allows {room}: raise it."
                 )
             device = scores[0].device
             for t, mask in zip(members, topk_mask([s.to(device) for s in scores], k), strict=True):
                 kept[t.key] = mask.to(t.weight.device)
                 if not bool(mask.any()):
                     warnings.warn(
-                        f"{t.key} has no weight left: set max_layer_sparsity below 1 (now {self.max_layer_sparsity}) to keep some.",
+                        f"{t.key} has no weight left: set max_layer_sparsity below 1 to keep some "
+                        f"(now {self.max_layer_sparsity}).",
                         stacklevel=2,
                     )
         return kept

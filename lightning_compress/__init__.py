@@ -1,0 +1,38 @@
+"""Compression for Lightning: honest bytes, honest milliseconds, exact resume, any layer."""
+
+from lightning_compress import models
+from lightning_compress.archive import inspect, load, save
+from lightning_compress.callbacks.fusion import BatchNormFusion
+from lightning_compress.callbacks.monitor import CompressionMonitor
+from lightning_compress.callbacks.pruning import ScheduledPruning
+from lightning_compress.codes import Code
+from lightning_compress.cost import cost
+from lightning_compress.finalize import finalize
+from lightning_compress.fusion import FuseBatchNorm
+from lightning_compress.metrics import OutputErrorRate, RelativeL2Error
+from lightning_compress.pruning.sparsify import Prune
+from lightning_compress.targets import Axes, find, register
+from lightning_compress.transform import NothingChangedError, Transform, compress
+
+__all__ = [
+    "Axes",
+    "BatchNormFusion",
+    "Code",
+    "CompressionMonitor",
+    "FuseBatchNorm",
+    "NothingChangedError",
+    "OutputErrorRate",
+    "Prune",
+    "RelativeL2Error",
+    "ScheduledPruning",
+    "Transform",
+    "compress",
+    "cost",
+    "finalize",
+    "find",
+    "inspect",
+    "load",
+    "models",
+    "register",
+    "save",
+]

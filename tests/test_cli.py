@@ -1,0 +1,330 @@
+"""The command line does what the library does, and refuses what it cannot use in one line."""
+
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+import lightning_compress as lc
+from lightning_compress import cli
+
+NETWORK = """
+import torch
+from torch import nn
+
+def build(width=6, **kwargs):
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(), nn.Linear(width * 16, 4), **kwargs
+    )
+
+def by_position(target, stats):
+    return torch.arange(float(target.weight.numel())).reshape(target.weight.shape)
+
+def words():
+    return "net"
+
+number = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def _module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's module in the working folder."""
+    (tmp_path / "my_networks.py").write_text(NETWORK)
+    monkeypatch.delitem(sys.modules, "my_networks", raising=False)
+
+
+@pytest.fixture
+def net() -> nn.Sequential:
+    """A trained network: nothing in it has its default value."""
+    model = network()
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand_like(tensor) + 0.1)
+    model[1].num_batches_tracked.fill_(7)
+    return model.eval()
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(1, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 4))
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    one, other = a.state_dict(), b.state_dict()
+    return list(one) == list(other) and all(t.numpy().tobytes() == other[n].numpy().tobytes() for n, t in one.items())
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line on stderr of a call that must end with exit code 2 and print nothing else."""
+    capsys.readouterr()
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("lightning-compress: error: ") and err.endswith("\n") and err.count("\n") == 1
+    return err
+
+
+class Lit(LightningModule):
+    """A LightningModule around the network, with tensors beside it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.loss = nn.CrossEntropyLoss(weight=torch.ones(4))
+
+
+def _torch_save(name: str, wrap: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[nn.Module], str]:
+    def write(model: nn.Module) -> str:
+        torch.save(wrap(model.state_dict()), name)
+        return name
+
+    return write
+
+
+def _lightning(model: nn.Module) -> str:
+    trainer = Trainer(max_epochs=0, logger=False, enable_checkpointing=False, enable_model_summary=False)
+    trainer.strategy.connect(Lit(model))
+    trainer.save_checkpoint("last.ckpt", weights_only=True)
+    return "last.ckpt"
+
+
+def _safetensors(model: nn.Module) -> str:
+    pytest.importorskip("safetensors.torch").save_file(model.state_dict(), "net.safetensors")
+    return "net.safetensors"
+
+
+def _archive(model: nn.Module) -> str:
+    lc.save(model, "dense.lcz")
+    return "dense.lcz"
+
+
+WRITERS = {
+    "state dict": _torch_save("net.pt", lambda state: state),
+    "under state_dict": _torch_save("net.pth", lambda state: {"epoch": 3, "state_dict": state}),
+    "under model": _torch_save("net.bin", lambda state: {"model": state, "optimizer": {}}),
+    "data parallel": _torch_save("dp.pt", lambda state: {f"module.{k}": v for k, v in state.items()}),
+    "Lightning": _lightning,
+    "safetensors": _safetensors,
+    "archive": _archive,
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_prune_equals_the_library_from_every_kind_of_checkpoint(kind: str, net: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = WRITERS[kind](net)
+    argv = ["prune", "--model", "my_networks:build", "--checkpoint", checkpoint, "--sparsity", "0.8", "--output", "net.lcz"]
+    assert cli.main(argv) == 0
+    expected = lc.compress(net, [lc.Prune(0.8)]).model
+    assert same(lc.load("net.lcz", into=network()).eval(), expected)
+    lc.save(expected, "expected.lcz")
+    assert Path("net.lcz").read_bytes() == Path("expected.lcz").read_bytes()
+    assert f"{Path('net.lcz').stat().st_size:,}" in capsys.readouterr().out
+
+
+def test_prune_fuses_and_writes_a_plain_state_dict(net: nn.Module) -> None:
+    torch.save(net.state_dict(), "net.pt")
+    argv = "prune --model my_networks:build --checkpoint net.pt --sparsity 0.5 --fuse --output net.lcz --state-dict small.pt"
+    assert cli.main([*argv.split(), "--example-shape", "1", "1", "6", "6"]) == 0
+    x = torch.randn(3, 1, 6, 6)
+    restored = lc.load("net.lcz", into=network()).eval()
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in restored.modules())
+    torch.testing.assert_close(restored(x), lc.compress(net, [lc.Prune(0.5)]).model(x))
+    plain = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Identity(), nn.ReLU(), nn.Flatten(), nn.Linear(96, 4)).eval()
+    plain.load_state_dict(torch.load("small.pt", weights_only=True))
+    assert torch.equal(plain(x), restored(x))
+
+
+def test_prune_options_are_those_of_the_transform(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing given every option has the transform's default; what is given arrives with its type."""
+    seen = []
+
+    def compress(model: nn.Module, steps: list[lc.Transform], **kwargs: object) -> lc.Result:
+        seen.extend(steps)
+        return lc.compress(model, [lc.Prune(0.5)])
+
+    monkeypatch.setattr(cli, "compress", compress)
+    argv = ["prune", "--model", "my_networks:build", "--output", "net.lcz", "--force"]
+    assert cli.main(argv) == 0
+    assert seen.pop().config() == lc.Prune().config() | {"include": ["*"]}
+    options = "--sparsity 0.7 --criterion random --seed 3 --scope layer --max-layer-sparsity=0.9 --include 0 4* --exclude 4.weight"
+    assert cli.main([*argv, *options.split()]) == 0
+    wanted = lc.Prune(0.7, "random", "layer", seed=3, max_layer_sparsity=0.9, include=["0", "4*"], exclude=["4.weight"])
+    assert seen.pop().config() == wanted.config()
+    assert cli.main([*argv, "--sparsity", '{"0": 0.1, "*": 0.6}', "--criterion", "my_networks:by_position"]) == 0
+    step = seen.pop()
+    assert step.sparsity == {"0": 0.1, "*": 0.6} and step.criterion.__name__ == "by_position"
+
+
+def test_inspect_prints_what_the_library_says(net: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    info = lc.save(lc.compress(net, [lc.Prune(0.5)]).model, "net.lcz")
+    assert cli.main(["inspect", "net.lcz"]) == 0
+    assert capsys.readouterr().out == f"{info}\n"
+
+
+def test_model_arguments_reach_the_callable(net: nn.Module) -> None:
+    argv = ["prune", "--model", "my_networks:build", "--output", "net.lcz", "--model_args.width", "3"]
+    assert cli.main(argv) == 0
+    assert lc.inspect("net.lcz").tensors[0].shape[0] == 3 or any(t.shape == (3, 1, 3, 3) for t in lc.inspect("net.lcz").tensors)
+
+
+def test_a_network_without_checkpoint_is_built_with_a_fixed_seed() -> None:
+    """And the process's random state is as before."""
+    state = torch.get_rng_state()
+    for name in ("a.lcz", "b.lcz"):
+        assert cli.main(["prune", "--model", "my_networks:build", "--output", name]) == 0
+    assert Path("a.lcz").read_bytes() == Path("b.lcz").read_bytes()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_working_folder_leaves_the_import_path() -> None:
+    before = list(sys.path)
+    assert cli.main(["prune", "--model", "my_networks:build", "--output", "a.lcz"]) == 0
+    assert sys.path == before
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_prefix_is_asked_for_when_two_networks_fit(net: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    both = {f"net.{k}": v for k, v in net.state_dict().items()} | {f"ema.{k}": 2 * v for k, v in net.state_dict().items()}
+    torch.save(both, "both.pt")
+    argv = ["prune", "--model", "my_networks:build", "--checkpoint", "both.pt", "--output", "net.lcz", "--sparsity", "0"]
+    line = refused(capsys, *argv)
+    assert "ema." in line and "net." in line and "--prefix" in line
+    assert cli.main([*argv, "--prefix", "net."]) == 0
+    assert same(lc.load("net.lcz", into=network()), net)
+
+
+def test_tensors_outside_the_prefix_are_left_out_and_inside_are_not(net: nn.Module) -> None:
+    state = {f"net.{k}": v for k, v in net.state_dict().items()}
+    torch.save(state | {"loss.weight": torch.ones(4)}, "outside.pt")
+    assert same(cli.load_weights(network(), "outside.pt"), net)
+    torch.save(state | {"net.9.weight": torch.ones(4)}, "inside.pt")
+    with pytest.raises(ValueError, match=r"9\.weight"):
+        cli.load_weights(network(), "inside.pt")
+
+
+def test_batch_counters_may_be_absent_and_nothing_else(net: nn.Module) -> None:
+    state = net.state_dict()
+    torch.save({k: v for k, v in state.items() if "num_batches" not in k}, "net.pt")
+    loaded = cli.load_weights(network(), "net.pt")
+    assert torch.equal(loaded[1].running_var, net[1].running_var)
+    torch.save({k: v for k, v in state.items() if "running_var" not in k}, "net.pt")
+    with pytest.raises(ValueError, match=r"lacks 1 of 6 tensors \(1.running_var"):
+        cli.load_weights(network(), "net.pt")
+
+
+def test_loading_never_runs_code_and_never_half_loads(net: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (Path("exploded"),))
+
+    torch.save({"state_dict": net.state_dict(), "more": Bomb()}, "bomb.pt")
+    Path("bomb.pkl").write_bytes(pickle.dumps(Bomb()))
+    for name in ("bomb.pt", "bomb.pkl"):
+        line = refused(capsys, "prune", "--model", "my_networks:build", "--checkpoint", name, "--output", "net.lcz")
+        assert name in line and "state dict" in line
+    assert not Path("exploded").exists() and not Path("net.lcz").exists()
+    torch.save(net.state_dict() | {"4.bias": torch.ones(5)}, "wrong.pt")
+    model = network()
+    before = model[0].weight.clone()
+    with pytest.raises(ValueError, match=r"4\.bias has shape \(5,\), in the network \(4,\)"):
+        cli.load_weights(model, "wrong.pt")
+    assert torch.equal(model[0].weight, before)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------------------
+
+PRUNE = "prune --model my_networks:build --output net.lcz"
+REFUSED = {
+    "": "verb",
+    "squash": "squash",
+    "inspect": "path",
+    "inspect missing.lcz": "missing.lcz",
+    "inspect my_networks.py": "my_networks.py",
+    "prune --model my_networks:build": "output",
+    "prune --output net.lcz": "model",
+    "prune --model resnet21 --output net.lcz": "resnet20",
+    "prune --model no_such_module:build --output net.lcz": "no_such_module",
+    "prune --model my_networks:missing --output net.lcz": "missing",
+    "prune --model my_networks:number --output net.lcz": "int",
+    "prune --model my_networks:words --output net.lcz": "torch.nn.Module",
+    "prune --model my_networks:build --output no_folder/net.lcz": "no_folder",
+    f"{PRUNE} --model_args.depth 3": "depth",
+    f"{PRUNE} --sparsity 1.5": "0 <= sparsity < 1",
+    f"{PRUNE} --sparsity much": "much",
+    f"{PRUNE} --scope everywhere": "global, layer, row",
+    f"{PRUNE} --criterion best": "magnitude",
+    f"{PRUNE} --include layer9.*": "layer9.*",
+    f"{PRUNE} --wanted 3": "--wanted",
+    f"{PRUNE} --checkpoint missing.pt": "missing.pt",
+    f"{PRUNE} --checkpoint my_networks.py": "my_networks.py",
+    f"{PRUNE} --example-shape 1 x": "x",
+    f"{PRUNE} --example-shape 0 1 6 6": "0 1 6 6",
+    f"{PRUNE} --example-shape 1 3 6 6": "1 3 6 6",
+    "benchmark --model my_networks:build": "example_shape",
+    "benchmark --model my_networks:build --example-shape 1 1 6 6 --baseline missing.pt": "missing.pt",
+}
+
+
+@pytest.mark.parametrize(("command", "named"), REFUSED.items())
+def test_bad_input_is_one_line_that_names_it(command: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert named in refused(capsys, *command.split())
+    assert not Path("net.lcz").exists()
+
+
+def test_files_are_replaced_only_with_force(net: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("net.lcz", "net.pt", "report.json"):
+        Path(name).write_text("precious")
+    build = ["--model", "my_networks:build"]
+    for argv, name in (
+        (["prune", *build, "--output", "net.lcz"], "net.lcz"),
+        (["prune", *build, "--output", "new.lcz", "--state-dict", "net.pt"], "net.pt"),
+        (["benchmark", *build, "--example-shape", "1", "1", "6", "6", "--output", "report.json"], "report.json"),
+    ):
+        line = refused(capsys, *argv)
+        assert name in line and "--force" in line
+        assert Path(name).read_text() == "precious" and not Path("new.lcz").exists()
+    assert cli.main(["prune", *build, "--output", "net.lcz", "--force"]) == 0
+    assert lc.inspect("net.lcz").tensors
+
+
+# -- benchmark, help and the process -------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_the_verbs_and_the_options_of_the_transform(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(verb in out for verb in ("prune", "inspect", "benchmark"))
+    assert cli.main(["prune", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "share of zeros in [0, 1)" in out and "--max_layer_sparsity" in out and "--include" in out
+
+
+def test_benchmark_compares_with_the_baseline_and_writes_json(net: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(net.state_dict(), "net.pt")
+    lc.save(lc.compress(net, [lc.Prune(0.5)]).model, "net.lcz")
+    argv = "benchmark --model my_networks:build --checkpoint net.lcz --baseline net.pt --example-shape 2 1 6 6 --output report.json"
+    assert cli.main(argv.split()) == 0
+    report = json.loads(Path("report.json").read_text())
+    assert report
+    assert capsys.readouterr().out
+
+
+def test_as_a_process(net: nn.Module) -> None:
+    torch.save(net.state_dict(), "net.pt")
+    command = [sys.executable, "-m", "lightning_compress.cli"]
+    argv = ["prune", "--model", "my_networks:build", "--checkpoint", "net.pt", "--output", "net.lcz", "--sparsity", "0.9"]
+    done = subprocess.run([*command, *argv], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert same(lc.load("net.lcz", into=network()), lc.compress(net, [lc.Prune(0.9)]).model)
+    again = subprocess.run([*command, *argv], capture_output=True, text=True)
+    assert again.returncode == 2 and again.stdout == ""
+    assert again.stderr == "lightning-compress: error: net.lcz exists: choose another name, or replace it with --force.\n"
