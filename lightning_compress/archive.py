@@ -325,5 +325,6 @@ def _info(reader: Reader) -> ArchiveInfo:
 def _sidecar(path: Path, info: ArchiveInfo) -> bytes:
     steps = [{"module": part} | {k: v for k, v in step.items() if k != "plan"} for part, step in info.applied]
     ratios = {"compression_ratio": info.compression_ratio, "size_fraction": info.size_fraction}
-    values = dataclasses.asdict(info) | ratios | {"applied": steps, "file": path.name, "torch": torch.__version__}
+    values = dataclasses.asdict(info) | ratios | {"applied": steps, "file": path.name}
+    values["torch"] = torch.__version__
     return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False).encode()

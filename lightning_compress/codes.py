@@ -219,9 +219,10 @@ def of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Code]]:
     Yields:
         Full parameter name, layer, parameter name inside the layer, code.
     """
-    for name, module in model.named_modules():
+    for raw, module in model.named_modules():
+        name = clean(raw)
         for param, code in module.__dict__.get(_SLOT, {}).items():
-            yield (f"{clean(name)}.{param}" if name else param), module, param, code
+            yield (f"{name}.{param}" if name else param), module, param, code
 
 
 def current_mask(target: Target) -> Tensor | None:

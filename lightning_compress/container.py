@@ -50,7 +50,8 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ArchiveError(f"{path}: {kind}{error}".rstrip(".") + ".") from error
+        message = f"{path}: {kind}{error}"
+        raise ArchiveError(message if message.endswith((".", "?")) else f"{message}.") from error
 
 
 @dataclass(frozen=True)

@@ -106,18 +106,17 @@ def encode(model: nn.Module, coder: str, metadata: Any) -> tuple[Header, list[by
         aliases |= {name: first for name in names if name != first}
 
     payload, coded = Payload(coder), []
-    stale = {
-        name: f"its {code.kind} code is of a weight that is gone" for name, (_, code) in attached.items()
-    }
-    for name in [name for name in state if name in attached and name not in aliases]:
-        param, code = attached[name]
-        arrays = _fields(code, state[name])
-        stale[name] = f"its {code.kind} code does not give the bits of the weight: stored without it"
-        if arrays is not None:
-            del stale[name]
-            kept = tuple(payload.store(key, *_parts(value), pool=key) for key, value in arrays.items())
-            whole = Array(name, *_parts(state[name])[:2])
-            coded.append(Coded(whole, code.kind, param, code.config(), kept))
+    stale: dict[str, str] = {}
+    for name, (param, code) in attached.items():
+        if name in aliases:
+            continue
+        arrays = _fields(code, state.get(name))
+        if arrays is None:
+            stale[name] = f"its {code.kind} code does not give its bits any more and was not used"
+            continue
+        kept = tuple(payload.store(key, *_parts(value), pool=key) for key, value in arrays.items())
+        whole = Array(name, *_parts(state[name])[:2])
+        coded.append(Coded(whole, code.kind, param, code.config(), kept))
     left = state.keys() - aliases.keys() - {c.tensor.name for c in coded}
     plain = tuple(payload.store(n, *_parts(t), pool="") for n, t in state.items() if n in left)
     applied = tuple((part, step.to_json()) for part, step in transform.applied(model))
@@ -128,8 +127,10 @@ def encode(model: nn.Module, coder: str, metadata: Any) -> tuple[Header, list[by
     return header, payload.chunks
 
 
-def _fields(code: Code, weight: Tensor) -> dict[str, Tensor] | None:
+def _fields(code: Code, weight: Tensor | None) -> dict[str, Tensor] | None:
     """The fields of a code, unless it is stale."""
+    if not isinstance(weight, nn.Parameter):  # replaced since
+        return None
     try:
         arrays = code.arrays(weight)
         return arrays if same_bits(code.rebuild(arrays, weight.dtype), weight) else None

@@ -43,8 +43,8 @@ class Target:
     """One weight that methods work on.
 
     Args:
-        name: layer name, as in ``model.named_modules()`` without wrapper prefixes (``_orig_mod.``,
-            ``module.``).
+        name: layer name, as in ``model.named_modules()`` without the prefix of
+            ``torch.compile``.
         module: the layer.
         param: name of the parameter inside the layer, with dots where it lies deeper (``weight.tensor``).
         axes: output and input axis of the weight.
@@ -140,7 +140,7 @@ register("neuralop.layers.spectral_convolution.SpectralConv", _spectral_axes)
 
 
 def clean(name: str) -> str:
-    """Name without the prefixes that ``torch.compile`` and DDP put in front.
+    """Name without the prefix that ``torch.compile`` puts in front.
 
     Args:
         name: module or parameter name.
@@ -152,14 +152,14 @@ def clean(name: str) -> str:
         >>> clean("net._orig_mod.0.weight")
         'net.0.weight'
     """
-    return ".".join(p for p in name.split(".") if p != "_orig_mod").removeprefix("module.")
+    return ".".join(p for p in name.split(".") if p != "_orig_mod")
 
 
 def matches(pattern: str, *names: str) -> bool:
-    """Whether a glob pattern, or a regular expression written ``re:...``, fits one of the names.
+    r"""Whether a glob pattern, or a regular expression written ``re:...``, fits one of the names.
 
     Args:
-        pattern: ``"layer1.*"`` or ``"re:layer[12]\\..*"`` (the whole name must fit).
+        pattern: ``"layer1.*"`` or ``"re:layer[12]\..*"`` (the whole name must fit).
         names: candidates.
 
     Returns:

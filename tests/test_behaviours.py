@@ -186,9 +186,9 @@ def test_10_a_users_own_mask_buffer_does_no_harm(tmp_path):
 
 
 HOOKS = [
-    "on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_before_backward", "on_after_backward",
-    "on_before_optimizer_step", "on_train_batch_end", "on_validation_start", "on_validation_epoch_end", "on_validation_end",
-    "on_train_epoch_end", "on_train_end", "on_fit_end",
+    "on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_before_backward",
+    "on_after_backward", "on_before_optimizer_step", "on_train_batch_end", "on_validation_start",
+    "on_validation_epoch_end", "on_validation_end", "on_train_epoch_end", "on_train_end", "on_fit_end",
 ]  # fmt: skip
 
 
@@ -291,7 +291,7 @@ def test_16_best_means_best_at_target(tmp_path):
     assert sparsity(Worse.load_from_checkpoint(best.best_model_path)) == count_pruned(0.8, N) / N
     assert float(best.best_model_score) == 2.0
     with pytest.raises(
-        MisconfigurationException, match="gate='loss' is not a logged metric; logged are: .*val_loss"
+        MisconfigurationException, match=r"gate='loss' is not a logged metric; logged are: .*val_loss"
     ):
         trainer(pruning(gate="loss")).fit(Lit(), loader(), loader())
 

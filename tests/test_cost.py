@@ -142,6 +142,18 @@ def test_complex_products_count_four() -> None:
     assert (a.bits, b.bits) == (12 * 32, 12 * 64)
 
 
+def test_element_wise_work_is_not_counted() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+            return (torch.relu(x * self.scale) + 1).sum() + (z * z.conj()).real.sum()
+
+    assert cost(Scaled(), (torch.ones(2, 3), torch.ones(2, 3, dtype=torch.complex64))).macs == 0
+
+
 def test_neural_operator_spectral_layers() -> None:
     models = pytest.importorskip("neuralop.models")
     batch, width, size = 3, 6, 16

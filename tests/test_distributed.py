@@ -168,8 +168,10 @@ class Data(pl.LightningDataModule):
 
 prune = lc.ScheduledPruning(sparsity=0.75, begin=1, end=9, unit="step", every=2, criterion={criterion!r})
 lit = SGD()
-options = dict(strategy="ddp_fork", devices=2, use_distributed_sampler=False) if devices == 2 else {{}}
-t = trainer(prune, Rank(), lc.CompressionMonitor(), max_epochs=3, logger=CSVLogger(folder), log_every_n_steps=1, **options)
+options = {{"logger": CSVLogger(folder), "log_every_n_steps": 1}}
+if devices == 2:
+    options |= {{"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False}}
+t = trainer(prune, Rank(), lc.CompressionMonitor(), max_epochs=3, **options)
 t.fit(lit, datamodule=Data())
 print("sparsity at home", sparsity(lit))
 """

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,14 @@ def test_readme_map_is_complete() -> None:
     assert {link for link in links if not (ROOT / link).exists()} == set()
     entries = {f.relative_to(ROOT).as_posix() for f in LIBRARY.iterdir() if not f.name.startswith("_")}
     assert entries - {link.rstrip("/") for link in links} == set()
+
+
+def test_api_page_shows_functions_named_like_their_module() -> None:
+    """For these the page generator shows the module instead, that is nothing, unless they are listed."""
+    hidden = {n for n in lc.__all__ if f"lightning_compress.{n}" in sys.modules and callable(getattr(lc, n))}
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert hidden
+    assert {name for name in hidden if f"::: lightning_compress.{name}.{name}\n" not in page} == set()
 
 
 def test_blocks_are_found_with_their_lines() -> None:

@@ -126,7 +126,7 @@ def test_cap_per_layer_and_warning_for_an_emptied_layer():
         "0.weight": 90,
         "1.weight": 30,
     }
-    with pytest.raises(ValueError, match="asks for 160 zeros, but max_layer_sparsity=0.5 allows 100"):
+    with pytest.raises(ValueError, match=r"asks for 160 zeros, but max_layer_sparsity=0.5 allows 100"):
         lc.compress(net, [lc.Prune(0.8, max_layer_sparsity=0.5)])
 
 
@@ -140,7 +140,7 @@ def test_a_criterion_is_a_plain_function_that_may_ask_for_stats():
     x = torch.tensor([[10.0, 1.0], [10.0, 1.0]])
     result = lc.compress(net, [lc.Prune(0.5, criterion=wanda_like)], data=[x])
     assert result.model[0].weight.tolist() == [[1.0, 0.0]] and "data" in str(result)
-    with pytest.raises(ValueError, match="example_input.*data|data.*example_input"):
+    with pytest.raises(ValueError, match=r"example_input.*data|data.*example_input"):
         lc.compress(net, [lc.Prune(0.5, criterion=wanda_like)])
 
 

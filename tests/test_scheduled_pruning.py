@@ -6,6 +6,7 @@ The behaviours that users of other libraries asked for are in ``test_behaviours.
 import copy
 import csv
 import math
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -46,7 +47,8 @@ def test_sparsity_follows_the_schedule_at_every_step_and_is_logged_so(tmp_path, 
     schedule = Schedule(prune.shape, 2, 12, 0.0, 0.8)
     expected = [count_pruned(schedule(t), N) / N for t in range(1, 17)]
     assert probe.sparsity == pytest.approx(expected)
-    rows = [r for r in csv.DictReader(open(f"{log.log_dir}/metrics.csv")) if r.get("compress/sparsity")]
+    lines = csv.DictReader(Path(log.log_dir, "metrics.csv").read_text().splitlines())
+    rows = [r for r in lines if r.get("compress/sparsity")]
     logged = {int(r["step"]): float(r["compress/sparsity"]) for r in rows}
     assert logged == pytest.approx({**dict(enumerate(expected)), 16: expected[-1]})
     asked = {int(r["step"]): float(r["compress/target_sparsity"]) for r in rows}

@@ -246,6 +246,7 @@ def test_attention_norms_of_each_projection() -> None:
     close(
         found["attention.in_proj_weight"].input_norm, np.concatenate([np.tile(v, (4, 1)) for v in (a, b, b)])
     )
+    assert found["attention.in_proj_weight"].rows == 3 * 5  # of the queries
     # The output projection shows its input when it is the identity.
     probe = copy.deepcopy(model)
     with torch.no_grad():
@@ -295,6 +296,7 @@ def test_shared_weight_sums_over_its_uses() -> None:
     [
         ((4, 5), None, (6, 7)),
         ((4, 4), (2, 4), (8, 9)),
+        ((5, 4), (4, 4), (8, 9)),
         ((6,), None, (16,)),
         ((6, 6), None, (4, 4)),
         ((3, 4, 4), None, (5, 6, 6)),
@@ -332,6 +334,15 @@ def test_spectral_norms_equal_unit_weight_responses(
     assert float(expected.max()) > 0
     with pytest.raises(ValueError, match="Gram"):
         only(layer, [x], "gram")
+
+
+def test_factors_of_a_spectral_weight_have_no_norms() -> None:
+    spectral = pytest.importorskip("neuralop.layers.spectral_convolution")
+    layer = spectral.SpectralConv(4, 4, (4, 4), factorization="tucker", implementation="factorized", rank=0.5)
+    with pytest.raises(ValueError, match=r"weight\.core was never used as a whole"):
+        collect(layer, find(layer), Calibration(data=[torch.randn(2, 4, 8, 8)]), ["input_norm"])
+    ranges = collect(layer, find(layer), Calibration(data=[torch.randn(2, 4, 8, 8)]), ["input_range"])
+    assert "weight.core" in ranges and len(ranges) > 1
 
 
 def test_ranges_and_histogram() -> None:

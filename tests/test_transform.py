@@ -122,7 +122,7 @@ def test_non_finite_weights_are_named(value, message):
 def test_meta_weights_and_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match=r"weight is on the meta device"):
         lc.compress(nn.Linear(2, 2, device="meta"), [lc.Prune(0.5)])
-    with pytest.raises(TypeError, match="transforms holds 'prune'; allowed are instances of: .*Prune"):
+    with pytest.raises(TypeError, match=r"transforms holds 'prune'; allowed are instances of: .*Prune"):
         lc.compress(net(), ["prune"])
 
 
@@ -223,7 +223,7 @@ def test_two_equal_structural_steps_are_both_replayed():
 
 def test_unknown_and_malformed_steps_are_refused():
     step = lc.compress(net(), [Truncate()]).steps[0].to_json()
-    with pytest.raises(ValueError, match="transform 'Shrink' is unknown here; known: .*Prune"):
+    with pytest.raises(ValueError, match=r"transform 'Shrink' is unknown here; known: .*Prune"):
         Step.from_json({**step, "name": "Shrink"})
     for key in ("name", "plan", "coverage", "config"):
         with pytest.raises(ValueError, match="malformed"):

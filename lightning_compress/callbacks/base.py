@@ -10,8 +10,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
@@ -186,7 +186,8 @@ class CompressionCallback(Callback):
         if trainer.strategy.restore_checkpoint_after_setup:
             raise MisconfigurationException(
                 f"{me} cannot work under {type(trainer.strategy).__name__}, which shards the weights before a "
-                "callback sees them; use strategy='ddp' or one device, or compress the consolidated checkpoint after training."
+                "callback sees them; use strategy='ddp' or one device, or compress the consolidated checkpoint "
+                "after training."
             )
         callbacks = callbacks_of(trainer)
         later = callbacks[callbacks.index(self) + 1 :] if self in callbacks and self.changes_weights else []

@@ -24,9 +24,10 @@ _SAMPLES = 2  # of the first batch; enough to follow the tensors
 class BatchNormFusion(CompressionCallback):
     r"""Fold the BatchNorm layers when ``Trainer.fit`` ends.
 
-    ``W' = W * gamma / sigma`` and ``b' = beta + (b - mu) * gamma / sigma``, from the running statistics. The fused copy, in eval mode and without a trainer, is ``callback.fused``. The trained module stays as it is:
+    ``W' = W * gamma / sigma`` and ``b' = beta + (b - mu) * gamma / sigma``, from the running statistics. The fused
+    copy, in eval mode and without a trainer, is ``callback.fused``. The trained module stays as it is:
     ``trainer.test(ckpt_path="best")``, resuming and a second ``fit`` work. With ``inplace=True`` the module itself
-    is fused instead; it still loads the checkpoints from before, whose BatchNorm is folded on the way, and a second
+    is fused instead; it still loads checkpoints from before, folding their BatchNorm on the way, and a second
     ``fit`` trains it without BatchNorm. See :class:`lightning_compress.FuseBatchNorm` for what is folded.
 
     The pairs of layers are found by running ``pl_module.example_input_array``, or else two samples of the first

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_compress import archive, plots, tables
-from lightning_compress.callbacks.base import CompressionCallback, logged_step
+from lightning_compress.callbacks.base import CompressionCallback, callbacks_of, logged_step
 from lightning_compress.callbacks.measured import QUANTITIES, Measured
 from lightning_compress.cost import cost
 from lightning_compress.stats.running import evaluating
@@ -25,12 +25,7 @@ from lightning_compress.targets import find
 from lightning_compress.transform import Transform
 
 When = Literal["end", "epoch", "never"]
-_PER_LAYER = {
-    "sparsity",
-    "nonzero",
-    "weight_bits",
-    "file_bytes",
-}  # params and macs seldom change: see the table
+_PER_LAYER = ("sparsity", "nonzero", "weight_bits", "file_bytes")  # params and macs: see the table
 # What TensorBoard's custom-scalar page draws together: title -> regular expressions of tags.
 _CHARTS = {
     "sparsity": [r"compress/sparsity$", r"compress/target_sparsity$"],
@@ -150,8 +145,10 @@ class CompressionMonitor(CompressionCallback):
         metrics.update({tag: torch.tensor(v) for tag, v in _totals(trainer, measured).items()})
         step = logged_step(trainer)
         self._log(trainer, measured, step)
-        ours = {tag.removeprefix("compress/"): v for tag, v in metrics.items() if tag.startswith("compress/")}
-        ends = {name: float(v) for name, v in ours.items()} | measured.totals
+        logged = {
+            tag.removeprefix("compress/"): v for tag, v in metrics.items() if tag.startswith("compress/")
+        }
+        ends = measured.totals | {k: float(v) for k, v in logged.items() if k not in measured.totals}
         totals = [[name, self._start.get(name), value] for name, value in ends.items()]
         rank_zero_info("\n\n" + measured.summary(totals, tables.text))
         for writer in _tensorboards(trainer):
@@ -175,8 +172,9 @@ class CompressionMonitor(CompressionCallback):
         values, theirs = _totals(trainer, measured), _logged_by_others(trainer)
         if self.layers:
             for layer, counts in measured.layers.items():
-                moving = {k: counts[k] for k in _PER_LAYER & counts.keys() - theirs}
-                values |= {f"compress/{k}/{layer}": v for k, v in moving.items()}
+                values |= {
+                    f"compress/{k}/{layer}": counts[k] for k in _PER_LAYER if k in counts.keys() - theirs
+                }
         due = {tag: v for tag, v in values.items() if not math.isnan(v) and self._steps.get(tag) != step}
         self._steps |= dict.fromkeys(due, step)
         for logger in trainer.loggers:
@@ -215,12 +213,12 @@ def _archived(pl_module: LightningModule) -> archive.ArchiveInfo:
 
 def _callbacks(trainer: Trainer) -> list[CompressionCallback]:
     """The library's callbacks in a trainer."""
-    return [c for c in vars(trainer)["callbacks"] if isinstance(c, CompressionCallback)]
+    return [c for c in callbacks_of(trainer) if isinstance(c, CompressionCallback)]
 
 
 def _logged_by_others(trainer: Trainer) -> set[str]:
     """Quantities that other callbacks send to the loggers themselves."""
-    return {quantity for callback in _callbacks(trainer) for quantity in getattr(callback, "logged", ())}
+    return {quantity for callback in _callbacks(trainer) for quantity in callback.logged}
 
 
 def _totals(trainer: Trainer, measured: Measured) -> dict[str, float]:
@@ -238,21 +236,21 @@ def _tensorboards(trainer: Trainer) -> Iterator[Any]:
 def _options(callback: CompressionCallback) -> dict[str, Any]:
     """The options a callback was made with, those of its transform included."""
     names = inspect.signature(type(callback)).parameters
-    options = {name: vars(callback)[name] for name in names if vars(callback).get(name) is not None}
+    options = {name: vars(callback)[name] for name in names if name in vars(callback)}
     if isinstance(options.get("transform"), Transform):
         options |= options.pop("transform").config()
     return options
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Nested mappings with joined names; what is no number is given by its name or as text."""
+    """Nested mappings with joined names; no empty values; what is no number by its name or as text."""
     flat: dict[str, bool | int | float | str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}/")
         elif isinstance(value, bool | int | float):
             flat[f"{prefix}{key}"] = value
-        elif value is not None:
+        elif value is not None and not (isinstance(value, list | tuple) and not value):
             flat[f"{prefix}{key}"] = str(getattr(value, "__qualname__", value))
     return flat
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -154,7 +154,9 @@ class ScheduledPruning(ScheduledCallback):
         self._hold(self._targets)
         super().on_fit_start(trainer, pl_module)
         entries = sum(t.weight.numel() for t in self._targets)
-        rank_zero_info(f"ScheduledPruning: {len(self._targets)} weights with {entries:,} entries.{reasons(skipped)}")
+        rank_zero_info(
+            f"ScheduledPruning: {len(self._targets)} weights with {entries:,} entries.{reasons(skipped)}"
+        )
 
     def _checked_masks(self) -> dict[str, Tensor]:
         """Masks from the checkpoint, else from an earlier compression, else everything kept."""
@@ -183,7 +185,9 @@ class ScheduledPruning(ScheduledCallback):
         for target in targets:
             apply_mask_(target.weight, self.masks[target.key])
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
         """Zero the gradient of masked entries, so that clipping and the optimizer see what is used."""
         for target in self._owned(optimizer):
             gradient = target.weight.grad
@@ -246,7 +250,9 @@ class ScheduledPruning(ScheduledCallback):
         super().on_validation_epoch_start(trainer, pl_module)
         self._hold(self._targets)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """The saved weights have their zeros, also averaged ones."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         weights = checkpoint["state_dict"]

@@ -8,8 +8,8 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from torch.optim import Optimizer
@@ -55,14 +55,18 @@ class ScheduledCallback(CompressionCallback):
         if every < 1:
             raise ValueError(f"every={every}: allowed is >= 1 optimizer steps.")
         if end < begin:
-            raise ValueError(f"the schedule ends (end={end}) before it begins (begin={begin}): set begin <= end.")
+            raise ValueError(
+                f"the schedule ends (end={end}) before it begins (begin={begin}): set begin <= end."
+            )
         for value, option in ((begin, "begin"), (end, "end")):
             to_steps(value, unit, total=1, per_epoch=1, name=option)
         self.schedule, self.shape = schedule, shape(schedule)
         self.begin, self.end, self.unit, self.every = begin, end, unit, every
         self.protect_schedule, self.gate = protect_schedule, gate
         self._counts: list[int] = []  # real steps of every optimizer
-        self._span: tuple[int, int] | None = None  # (begin, end) in optimizer steps, fixed when training starts
+        self._span: tuple[int, int] | None = (
+            None  # (begin, end) in optimizer steps, fixed when training starts
+        )
         self._hooked: list[Optimizer] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -157,8 +161,12 @@ class ScheduledCallback(CompressionCallback):
         total = float(trainer.estimated_stepping_batches)
         automatic = trainer.lightning_module.automatic_optimization
         if not automatic and trainer.max_steps != -1:
-            total = min(total, math.ceil(trainer.max_steps / len(self._hooked)))  # Lightning counts every optimizer
-        per_epoch = math.ceil(trainer.num_training_batches / (trainer.accumulate_grad_batches if automatic else 1))
+            total = min(
+                total, math.ceil(trainer.max_steps / len(self._hooked))
+            )  # Lightning counts every optimizer
+        per_epoch = math.ceil(
+            trainer.num_training_batches / (trainer.accumulate_grad_batches if automatic else 1)
+        )
         begin = to_steps(self.begin, self.unit, total=total, per_epoch=per_epoch, name="begin")
         end = to_steps(self.end, self.unit, total=total, per_epoch=per_epoch, name="end")
         end = end if math.isinf(total) else min(end, max(int(total) - 1, 0))
@@ -196,7 +204,10 @@ class ScheduledCallback(CompressionCallback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so when what is validated are averages that nothing was averaged into yet."""
         for other in callbacks_of(trainer):
-            steps, epochs = getattr(other, "_latest_update_step", 1), getattr(other, "_latest_update_epoch", 0)
+            steps, epochs = (
+                getattr(other, "_latest_update_step", 1),
+                getattr(other, "_latest_update_epoch", 0),
+            )
             never = isinstance(other, WeightAveraging) and steps == 0 and epochs < 0
             if never and self.steps and not trainer.sanity_checking:
                 rank_zero_warn(
@@ -210,7 +221,9 @@ class ScheduledCallback(CompressionCallback):
             return
         if self.gate not in trainer.callback_metrics:
             logged = ", ".join(sorted(trainer.callback_metrics)) or "none"
-            raise MisconfigurationException(f"gate={self.gate!r} is not a logged metric; logged are: {logged}.")
+            raise MisconfigurationException(
+                f"gate={self.gate!r} is not a logged metric; logged are: {logged}."
+            )
         value = trainer.callback_metrics[self.gate] if self.finished else torch.tensor(math.inf)
         pl_module.log(f"compress/at_target/{self.gate}", value, sync_dist=True)
 

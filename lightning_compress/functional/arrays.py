@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .entropy import CODERS, byte_planes, decode, encode, from_byte_planes
-from .frequencies import MAX_ALPHABET
+from lightning_compress.functional.entropy import CODERS, byte_planes, decode, encode, from_byte_planes
+from lightning_compress.functional.frequencies import MAX_ALPHABET
 
 # dtype -> numpy type of the same width that carries its bits, little endian
 CARRIERS = {

@@ -184,6 +184,8 @@ def trace(module: nn.Module, seen: Connections) -> None:
 class _Tracer(fx.Tracer):
     """Does not look inside the layers that matter here, nor inside users' subclasses of them."""
 
+    proxy_buffer_attributes = True  # so that reading a statistic is seen, as reading a parameter is
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _FOLLOWED) or super().is_leaf_module(m, module_qualified_name)
 

@@ -37,12 +37,15 @@ def fold_batchnorm(
         bias: ``[out]``, or None for zeros.
         scale: ``[out]`` after the layer, ``[in]`` before it.
         shift: the same shape.
-        place: "after" or "before": where the map stands.
+        place: "after" or "before" the layer: where the map stands.
         groups: groups of the convolution.
         transposed: whether the convolution is a transposed one.
 
     Returns:
         New weight and bias, with the dtype and device of ``weight``.
+
+    Raises:
+        ValueError: another place, or "before" a transposed convolution, which spreads the shift unevenly.
 
     Example:
         >>> scale, shift = torch.tensor([2.0, 0.5]), torch.tensor([1.0, 0.0])
@@ -50,17 +53,24 @@ def fold_batchnorm(
         >>> weight.tolist(), bias.tolist()
         ([[2.0, 2.0, 2.0], [0.5, 0.5, 0.5]], [1.0, 0.0])
     """
+    if place not in ("after", "before") or (place == "before" and transposed):
+        of = " a transposed convolution" if transposed else ""
+        raise ValueError(
+            f"place={place!r}{of}: allowed are 'after', and 'before' unless the convolution is transposed."
+        )
     blocks, scale, shift = (t.detach().to("cpu", torch.float64) for t in (weight, scale, shift))
     blocks = blocks.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-    axis = 1 if (place == "after") != transposed else 2  # of the scaled channels inside a group
+    axis = 1 if place == "after" and not transposed else 2  # of the scaled channels inside a group
     shape = [1] * blocks.dim()
     shape[0], shape[axis] = groups, blocks.shape[axis]
     folded = (blocks * scale.reshape(shape)).reshape(weight.shape).to(weight.dtype)
     folded.masked_fill_(folded == 0, 0)  # a negative scale makes -0.0 of a pruned zero
-    outputs = groups * blocks.shape[2 if transposed else 1]
-    old = torch.zeros(outputs) if bias is None else bias.detach().cpu()
-    added = shift if place == "after" else (blocks * shift.reshape(shape)).flatten(2).sum(2).flatten()
-    new = (scale if place == "after" else 1) * old.double() + added
+    old = None if bias is None else bias.detach().to("cpu", torch.float64)
+    if place == "after":
+        new = shift if old is None else scale * old + shift
+    else:
+        added = (blocks * shift.reshape(shape)).flatten(2).sum(2).flatten()
+        new = added if old is None else old + added
     return folded.to(weight.device), new.to(weight.device, weight.dtype)
 
 

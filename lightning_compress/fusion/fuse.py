@@ -256,12 +256,12 @@ def _pads(layer: Any) -> bool:
 
 
 def _tied(model: nn.Module) -> set[int]:
-    """Ids of modules with a parameter that another module holds too, as an object or as the same memory."""
+    """Ids of modules with a parameter that another module holds too."""
     holders: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
-            if parameter is not None and parameter.numel():
-                holders.setdefault(parameter.data_ptr(), set()).add(id(module))
+            if parameter is not None:
+                holders.setdefault(id(parameter), set()).add(id(module))
     return {module for modules in holders.values() if len(modules) > 1 for module in modules}
 
 

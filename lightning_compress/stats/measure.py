@@ -239,7 +239,7 @@ class _Tracker:
         missing = [field for field in _FIELDS if field in missing and field in wanted]
         if missing:
             raise ValueError(
-                f"{self.target.key} was never used in the calibration pass, so {', '.join(missing)} cannot "
+                f"{self.target.key} was never used as a whole in the calibration pass, so {', '.join(missing)} cannot "
                 "be measured: exclude it, or give data that reaches it."
             )
         return Stats(
@@ -307,7 +307,9 @@ def _root(squares: Tensor | None) -> Tensor | None:
 
 
 def _is_spectral(target: Target) -> bool:
-    return target.weight.is_complex() and hasattr(target.module, "max_n_modes")
+    """Whether it is the dense weight of a spectral convolution, not a factor of one."""
+    whole = getattr(getattr(target.module, "weight", None), "shape", None)
+    return hasattr(target.module, "max_n_modes") and tuple(target.weight.shape) == tuple(whole or ())
 
 
 def _observe(model: nn.Module, trackers: Sequence[_Tracker], calibration: Calibration) -> None:

@@ -1,0 +1,354 @@
+"""The command line: ``lightning-compress prune | inspect | benchmark``.
+
+A verb is a pair: a function that adds its options to a parser, and one that does the work. The options of a method
+are read from its transform, so they are written once. Input that cannot be used ends in one line on stderr and exit
+code 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from torch import Tensor, nn
+
+from lightning_compress import archive, models
+from lightning_compress.archive import baseline_sizes
+from lightning_compress.benchmark import benchmark
+from lightning_compress.container import replacing
+from lightning_compress.fusion import FuseBatchNorm
+from lightning_compress.pruning.sparsify import Prune
+from lightning_compress.stats.running import call, evaluating
+from lightning_compress.tables import text
+from lightning_compress.transform import Transform, compress
+
+_OPTION = re.compile(r"(?<=^--)\w[\w-]*")
+
+
+class InputError(ValueError):
+    """Something on the command line that cannot be used; the message says what to do."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        argv: arguments; those of the process if None. Option names may be written with dashes or underscores.
+
+    Returns:
+        Exit code: 0, or 2 for input that cannot be used, with one line on stderr.
+
+    Example:
+        >>> main(["inspect", "missing.lcz"])
+        2
+    """
+    given = sys.argv[1:] if argv is None else argv
+    try:
+        options = _parser().parse_args(
+            [_OPTION.sub(lambda name: name[0].replace("-", "_"), a) for a in given]
+        )
+        _VERBS[options.verb][2](options[options.verb])
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    except (ArgumentError, ValueError, OSError, ImportError) as error:
+        print(f"lightning-compress: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def load_weights(model: nn.Module, path: str | Path, *, prefix: str | None = None) -> nn.Module:
+    """Load a checkpoint into a network: the network's own names, or the same behind one common prefix.
+
+    A checkpoint fits with prefix p if it has ``p + name`` for every name in ``model.state_dict()``, and no other name
+    that begins with p. In a checkpoint of the network itself p is empty; in one of a LightningModule p is the
+    attribute that holds the network, such as ``net.``. Tensors that do not begin with p (losses, metrics, a teacher)
+    are left out. The empty prefix comes first; among several others ``prefix`` must choose. BatchNorm's batch
+    counters may be absent.
+
+    Args:
+        model: the network, changed in place, or on any error not at all.
+        path: ``.safetensors``, ``.lcz``, or a file that ``torch.save`` wrote: a state dict or a Lightning checkpoint.
+            No code in it is run.
+        prefix: p; found by itself if None.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the file is not a checkpoint, or does not fit; the message names the tensors.
+        ImportError: the file needs a package that is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> net, path = nn.Linear(2, 1), tempfile.mkdtemp() + "/last.ckpt"
+        >>> tensors = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
+        >>> torch.save({"state_dict": tensors | {"loss.scale": torch.ones(1)}}, path)
+        >>> torch.equal(load_weights(nn.Linear(2, 1), path).weight, net.weight)
+        True
+    """
+    path = Path(path)
+    if path.suffix == ".lcz":
+        return archive.load(path, into=model)
+    found = _read(path)
+    own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    needed = [name for name in own if not name.endswith("num_batches_tracked")]
+    fitting = _prefixes(needed, found) if prefix is None else [prefix]
+    if len(fitting) > 1 and "" not in fitting:
+        raise InputError(
+            f"{path} holds {len(fitting)} such networks: choose with --prefix, one of {', '.join(fitting)}."
+        )
+    chosen = fitting[0] if fitting and "" not in fitting else ""
+    inner = {name.removeprefix(chosen): tensor for name, tensor in found.items() if name.startswith(chosen)}
+    _check_fit(f"{path} does not fit {type(model).__name__}", inner, own, needed)
+    with torch.no_grad():
+        for name, tensor in inner.items():
+            own[name].copy_(tensor)
+    return model
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name."""
+    if not path.is_file():
+        raise InputError(f"there is no file {path}.")
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ImportError(
+                f'{path} needs safetensors: pip install "lightning-compress[recipes]".'
+            ) from None
+        read: Callable[[Path], Any] = load_file
+    else:
+        read = _torch_load
+    try:
+        found = read(path)
+    except (
+        Exception
+    ) as error:  # whatever a damaged file causes; PyTorch's own advice is to run the code in it
+        raise InputError(
+            f"{path} cannot be read as tensors ({type(error).__name__}): give a state dict, a Lightning checkpoint "
+            "or a .safetensors file; a pickled model is not opened, because that would run code from the file."
+        ) from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, Mapping) else {}
+    if not tensors:
+        raise InputError(f"{path} holds no tensors by name: save model.state_dict(), not the model.")
+    return tensors
+
+
+def _torch_load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _prefixes(needed: Sequence[str], found: Mapping[str, Tensor]) -> list[str]:
+    """Every prefix ("" or ending in a dot) behind which all needed names are found."""
+    if not needed:
+        return [""]
+    candidates = {name.removesuffix(needed[0]) for name in found if f".{name}".endswith(f".{needed[0]}")}
+    return sorted(p for p in candidates if all(p + name in found for name in needed))
+
+
+def _check_fit(
+    what: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor], needed: Sequence[str]
+) -> None:
+    missing = [name for name in needed if name not in given]
+    extra = [name for name in given if name not in own]
+    if missing or extra:
+        lacks = [f"it lacks {len(missing)} of {len(needed)} tensors ({missing[0]} ...)"] if missing else []
+        lacks += [f"it has {len(extra)} that the network has not ({extra[0]} ...)"] if extra else []
+        raise InputError(f"{what}: {' and '.join(lacks)}. Is it the same architecture?")
+    for name, tensor in given.items():
+        if tensor.shape != own[name].shape:
+            raise InputError(
+                f"{what}: {name} has shape {tuple(tensor.shape)}, in the network {tuple(own[name].shape)}."
+            )
+
+
+# -- verbs ---------------------------------------------------------------------------------------------------
+
+
+def _prune(options: Namespace) -> None:
+    files = [_writable(path, options.force) for path in (options.output, options.state_dict) if path]
+    steps = [_transform(Prune, options), *([FuseBatchNorm()] if options.fuse else [])]
+    network = _trained(options, options.checkpoint)
+    result = compress(network, steps, example_input=_example(network, options.example_shape))
+    info = archive.save(result.model, files[0])
+    if options.state_dict:
+        with replacing(files[1]) as file:
+            torch.save(result.model.state_dict(), file)
+    sizes = [[how, size, info.dense_bytes / size] for how, size in baseline_sizes(result.model).items()]
+    sizes.append([options.output, info.file_bytes, info.compression_ratio])
+    print(result, text(["file of the result", "bytes", "compression ratio"], sizes), sep="\n\n")
+
+
+def _inspect(options: Namespace) -> None:
+    print(archive.inspect(options.path))
+
+
+def _benchmark(options: Namespace) -> None:
+    file = _writable(options.output, options.force) if options.output else None
+    network = _trained(options, options.checkpoint)
+    original = _trained(options, options.baseline) if options.baseline else None
+    print(benchmark(network, _example(network, options.example_shape), baseline=original, output=file))
+
+
+def _writable(path: str, force: bool) -> Path:
+    file = Path(path)
+    if not file.parent.is_dir():
+        raise InputError(f"the folder {file.parent} of {path} does not exist: make it first.")
+    if file.exists() and not force:
+        raise InputError(f"{path} exists: choose another name, or replace it with --force.")
+    return file
+
+
+def _transform(kind: type[Prune], options: Namespace) -> Prune:
+    """A transform from the options that `_transform_options` added."""
+    values = {field.name: options[field.name] for field in dataclasses.fields(kind)}
+    if ":" in values["criterion"]:
+        with _from_here():
+            values["criterion"] = _import(values["criterion"])
+    return kind(**values)
+
+
+def _trained(options: Namespace, checkpoint: str | None) -> nn.Module:
+    """The network in eval mode, with the weights of the checkpoint; without one, as built (with a fixed seed)."""
+    name, arguments = options.model, options.model_args
+    with _from_here(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        build = _import(name) if ":" in name else lambda **kwargs: models.build(name, **kwargs)
+        try:
+            model = build(**arguments)
+        except Exception as error:  # the user's own code
+            raise InputError(
+                f"--model {name} cannot be built with {arguments or 'no arguments'}: {error}"
+            ) from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"--model {name} returned {type(model).__name__}; needed is a torch.nn.Module.")
+    return (load_weights(model, checkpoint, prefix=options.prefix) if checkpoint else model).eval()
+
+
+def _example(model: nn.Module, shape: Sequence[int] | None) -> Tensor | None:
+    """A seeded normal input that the network has accepted."""
+    if shape is None:
+        return None
+    written = " ".join(map(str, shape))
+    if min(shape) < 1:
+        raise InputError(f"--example_shape {written}: every extent must be at least 1.")
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    try:
+        with evaluating(model):
+            call(model, x)
+    except Exception as error:  # the user's own code
+        what = f"{type(model).__name__} does not take an input of --example_shape {written}"
+        raise InputError(f"{what}: {error}") from error
+    return x
+
+
+@contextmanager
+def _from_here() -> Iterator[None]:
+    """Modules in the working folder can be imported, as with ``python -m``."""
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(Path.cwd()))
+
+
+def _import(name: str) -> Callable[..., Any]:
+    """What ``package.module:callable`` names."""
+    module, _, attribute = name.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise InputError(f"{name}: module {module} has no {attribute}.")
+        found = getattr(found, part)
+    if not callable(found):
+        raise InputError(f"{name} is a {type(found).__name__}; needed is a function or class.")
+    return found  # type: ignore[no-any-return]
+
+
+# -- options -------------------------------------------------------------------------------------------------
+
+
+def _network_options(parser: ArgumentParser, *, shape_required: bool) -> None:
+    """The options from which `_trained` and `_example` make a network and its input."""
+    names = ", ".join(models.names())
+    parser.add_argument(
+        "--model", required=True, help=f"{names}; or package.module:callable that returns a network"
+    )
+    parser.add_argument(
+        "--model_args", type=dict[str, Any], default={}, help="e.g. --model_args.num_classes 100"
+    )
+    parser.add_argument(
+        "--checkpoint", help="its weights: .safetensors, .lcz, state dict or Lightning checkpoint"
+    )
+    parser.add_argument(
+        "--prefix", help="what stands before the network's names in the checkpoint; mostly found out"
+    )
+    what = "one input with its batch axis, e.g. 1 3 32 32"
+    parser.add_argument("--example_shape", type=int, nargs="+", required=shape_required, help=what)
+
+
+def _transform_options(parser: ArgumentParser, kind: type[Transform]) -> None:
+    """The fields of a transform as options, with their types, defaults and descriptions."""
+    parser.add_class_arguments(kind, as_group=False, skip={"criterion", "include", "exclude"})
+    parser.add_argument(
+        "--criterion", default="magnitude", help="magnitude, random, or package.module:function"
+    )
+    parser.add_argument("--include", nargs="+", default="*", help="patterns of layer names to take")
+    parser.add_argument("--exclude", nargs="+", default=(), help="patterns of layer names to leave")
+
+
+def _prune_options(parser: ArgumentParser) -> None:
+    _network_options(parser, shape_required=False)
+    _transform_options(parser, Prune)
+    parser.add_argument(
+        "--fuse", action="store_true", help="fold BatchNorm into the layer before it, after pruning"
+    )
+    parser.add_argument("--output", required=True, help="archive to write, e.g. net.lcz")
+    parser.add_argument("--state_dict", help="also write the plain state dict, to use without this library")
+    parser.add_argument("--force", action="store_true", help="replace files that exist")
+
+
+def _inspect_options(parser: ArgumentParser) -> None:
+    parser.add_argument("path", help="the archive")
+
+
+def _benchmark_options(parser: ArgumentParser) -> None:
+    _network_options(parser, shape_required=True)
+    parser.add_argument("--baseline", help="weights of the original, to compare with")
+    parser.add_argument("--output", help="also write the report as JSON")
+    parser.add_argument("--force", action="store_true", help="replace a file that exists")
+
+
+_VERBS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Namespace], None]]] = {
+    "prune": ("zero weights of a trained network and write an .lcz archive", _prune_options, _prune),
+    "inspect": ("check an .lcz archive and show what it holds", _inspect_options, _inspect),
+    "benchmark": ("time a network and measure its memory", _benchmark_options, _benchmark),
+}
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="lightning-compress", description="Compress trained PyTorch networks.", exit_on_error=False
+    )
+    verbs = parser.add_subcommands(dest="verb")
+    for name, (description, add_options, _) in _VERBS.items():
+        verb = ArgumentParser(description=f"{description[0].upper()}{description[1:]}.", exit_on_error=False)
+        add_options(verb)
+        verbs.add_subcommand(name, verb, help=description)
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
