@@ -6,13 +6,14 @@ from lightning_compress.callbacks.fusion import BatchNormFusion
 from lightning_compress.callbacks.monitor import CompressionMonitor
 from lightning_compress.callbacks.pruning import ScheduledPruning
 from lightning_compress.codes import Code
+from lightning_compress.compress import compress
 from lightning_compress.cost import cost
 from lightning_compress.finalize import finalize
 from lightning_compress.fusion import FuseBatchNorm
 from lightning_compress.metrics import OutputErrorRate, RelativeL2Error
 from lightning_compress.pruning.sparsify import Prune
 from lightning_compress.targets import Axes, find, register
-from lightning_compress.transform import NothingChangedError, Transform, compress
+from lightning_compress.transform import NothingChangedError, Transform
 
 __all__ = [
     "Axes",

@@ -13,7 +13,6 @@ import io
 import json
 import lzma
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from lightning_compress.codes import Code, same_bits
 from lightning_compress.container import ArchiveError, Reader, naming, replacing, write
 from lightning_compress.functional.arrays import Array
 from lightning_compress.functional.entropy import CODERS
-from lightning_compress.targets import clean, locate
+from lightning_compress.targets import locate
 from lightning_compress.transform import Step
 
 __all__ = ["ArchiveError", "ArchiveInfo", "StoredTensor", "baseline_sizes", "inspect", "load", "save"]
@@ -232,7 +231,7 @@ def load(path: str | os.PathLike[str], into: nn.Module, *, max_bytes: int = 4 * 
         for coded in header.coded:
             layer, _ = locate(into, coded.layer, coded.param)
             codes.attach(layer, coded.param, found[coded.tensor.name])
-        _record(into, steps)
+        transform.restore(into, steps)
     return into
 
 
@@ -284,15 +283,6 @@ def baseline_sizes(model: nn.Module) -> dict[str, int]:
     torch.save({name: single(tensor) for name, tensor in contents.state_of(model)[0].items()}, buffer)
     data = buffer.getvalue()
     return {"state_dict": len(data), "gzip": len(gzip.compress(data)), "lzma": len(lzma.compress(data))}
-
-
-def _record(model: nn.Module, steps: Sequence[tuple[str, Step]]) -> None:
-    """Make the model carry these steps and no others."""
-    parts = {clean(name): module for name, module in model.named_modules()}
-    for module in parts.values():
-        module.__dict__.pop(transform._APPLIED, None)
-    for part, step in steps:
-        transform.record(parts[part], step)
 
 
 def _info(reader: Reader) -> ArchiveInfo:

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from lightning_compress import archive, models
 from lightning_compress.archive import baseline_sizes
 from lightning_compress.benchmark import benchmark
+from lightning_compress.compress import compress
 from lightning_compress.container import replacing
 from lightning_compress.fusion import FuseBatchNorm
 from lightning_compress.pruning.sparsify import Prune
 from lightning_compress.stats.running import call, evaluating
 from lightning_compress.tables import text
-from lightning_compress.transform import Transform, compress
+from lightning_compress.transform import Transform
 
 _OPTION = re.compile(r"(?<=^--)\w[\w-]*")
 
@@ -179,6 +180,8 @@ def _check_fit(
 
 def _prune(options: Namespace) -> None:
     files = [_writable(path, options.force) for path in (options.output, options.state_dict) if path]
+    if len(files) > len(set(files)):
+        raise InputError(f"--output and --state_dict are both {options.output}: give two names.")
     steps = [_transform(Prune, options), *([FuseBatchNorm()] if options.fuse else [])]
     network = _trained(options, options.checkpoint)
     result = compress(network, steps, example_input=_example(network, options.example_shape))
@@ -257,17 +260,21 @@ def _example(model: nn.Module, shape: Sequence[int] | None) -> Tensor | None:
 @contextmanager
 def _from_here() -> Iterator[None]:
     """Modules in the working folder can be imported, as with ``python -m``."""
-    sys.path.insert(0, str(Path.cwd()))
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
     try:
         yield
     finally:
-        sys.path.remove(str(Path.cwd()))
+        sys.path.remove(here)
 
 
 def _import(name: str) -> Callable[..., Any]:
     """What ``package.module:callable`` names."""
     module, _, attribute = name.partition(":")
-    found: Any = importlib.import_module(module)
+    try:
+        found: Any = importlib.import_module(module)
+    except Exception as error:  # the user's own code
+        raise InputError(f"{name}: {module} cannot be imported: {error}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise InputError(f"{name}: module {module} has no {attribute}.")

@@ -27,11 +27,12 @@ import lightning_compress as lc
 from lightning_compress import codes, contents
 from lightning_compress.archive import ArchiveError, baseline_sizes, inspect, load, save
 from lightning_compress.codes import Code, same_bits
+from lightning_compress.compress import compress
 from lightning_compress.functional.arrays import CARRIERS
 from lightning_compress.functional.entropy import CODERS
 from lightning_compress.fusion import FuseBatchNorm
 from lightning_compress.models import resnet20
-from lightning_compress.transform import applied, compress
+from lightning_compress.transform import applied
 
 PREFIX = struct.Struct("<8sHHIQQ")
 

@@ -14,9 +14,9 @@ from torch import nn
 from lightning_compress import archive
 from lightning_compress import benchmark as module
 from lightning_compress.benchmark import BenchmarkReport, benchmark
+from lightning_compress.compress import compress
 from lightning_compress.cost import cost
 from lightning_compress.pruning.sparsify import Prune
-from lightning_compress.transform import compress
 
 
 class Slow(nn.Module):

@@ -38,6 +38,7 @@ number = 3
 def _module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user's module in the working folder."""
     (tmp_path / "my_networks.py").write_text(NETWORK)
+    (tmp_path / "broken.py").write_text("def build(")
     monkeypatch.delitem(sys.modules, "my_networks", raising=False)
 
 
@@ -293,6 +294,7 @@ REFUSED = {
     "prune --output net.lcz": "model",
     "prune --model resnet21 --output net.lcz": "resnet20",
     "prune --model no_such_module:build --output net.lcz": "no_such_module",
+    "prune --model broken:build --output net.lcz": "broken",
     "prune --model my_networks:missing --output net.lcz": "missing",
     "prune --model my_networks:number --output net.lcz": "int",
     "prune --model my_networks:words --output net.lcz": "torch.nn.Module",
@@ -304,6 +306,7 @@ REFUSED = {
     f"{PRUNE} --criterion best": "magnitude",
     f"{PRUNE} --include layer9.*": "layer9.*",
     f"{PRUNE} --wanted 3": "--wanted",
+    f"{PRUNE} --state-dict net.lcz": "two names",
     f"{PRUNE} --checkpoint missing.pt": "missing.pt",
     f"{PRUNE} --checkpoint my_networks.py": "my_networks.py",
     f"{PRUNE} --example-shape 1 x": "x",

@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_compress import codes
 from lightning_compress.callbacks.fusion import BatchNormFusion
 from lightning_compress.callbacks.pruning import ScheduledPruning
+from lightning_compress.compress import compress
 from lightning_compress.finalize import StandIn, finalize
 from lightning_compress.fusion import FuseBatchNorm, fold_on_load
 from lightning_compress.models import resnet20
 from lightning_compress.pruning.sparsify import Prune
-from lightning_compress.transform import applied, compress
+from lightning_compress.transform import applied
 
 
 def outputs(model: nn.Module, x: Any) -> Tensor:

@@ -24,12 +24,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_compress import codes
 from lightning_compress.callbacks.fusion import BatchNormFusion, _FirstInput
 from lightning_compress.callbacks.pruning import ScheduledPruning
+from lightning_compress.compress import compress
 from lightning_compress.fusion import FuseBatchNorm, fold_batchnorm, fold_on_load
 from lightning_compress.models import resnet20
 from lightning_compress.plans import Plan
 from lightning_compress.pruning.sparsify import Prune
 from lightning_compress.stats import Calibration
-from lightning_compress.transform import NothingChangedError, OrderError, Step, applied, compress, replay
+from lightning_compress.transform import NothingChangedError, OrderError, Step, applied, replay
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_compress.callbacks.base import CompressionCallback, _structural, callbacks_of
+from lightning_compress.compress import Result, compress
 from lightning_compress.finalize import finalize
 from lightning_compress.fusion import FuseBatchNorm, fold_on_load
 from lightning_compress.stats.calibration import take_samples
-from lightning_compress.transform import NothingChangedError, Result, applied, compress, record
+from lightning_compress.transform import NothingChangedError, applied, record
 
 _SAMPLES = 2  # of the first batch; enough to follow the tensors
 

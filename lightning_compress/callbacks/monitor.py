@@ -58,7 +58,7 @@ class CompressionMonitor(CompressionCallback):
         every_n_epochs: epochs between two measurements, >= 1.
         layers: log the layers too, not only the totals (``params`` and ``macs`` of a layer are in the table).
         histograms: TensorBoard histograms ``compress/weights/<layer>``.
-        figures: TensorBoard figure ``compress/layers``; needs matplotlib.
+        figures: TensorBoard figure ``compress/layers``, at the start and at the end; needs matplotlib.
         file_bytes: when an archive is written: at the "end", also at every measured "epoch", or "never".
         quantities: further ones: name -> function of the module (run in eval mode, without gradients) that
             returns a number, such as the output error rate against the original model; NaN is not logged.
@@ -121,6 +121,7 @@ class CompressionMonitor(CompressionCallback):
             measured = self._measure(trainer, pl_module)
             self._start = measured.totals
             self._log(trainer, measured, logged_step(trainer))
+            self._draw(trainer, measured, logged_step(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A point every ``every_n_epochs`` epochs; totals also as metrics that callbacks can monitor."""
@@ -145,6 +146,7 @@ class CompressionMonitor(CompressionCallback):
         metrics.update({tag: torch.tensor(v) for tag, v in _totals(trainer, measured).items()})
         step = logged_step(trainer)
         self._log(trainer, measured, step)
+        self._draw(trainer, measured, step)
         logged = {
             tag.removeprefix("compress/"): v for tag, v in metrics.items() if tag.startswith("compress/")
         }
@@ -179,23 +181,22 @@ class CompressionMonitor(CompressionCallback):
         self._steps |= dict.fromkeys(due, step)
         for logger in trainer.loggers:
             logger.log_metrics(due, step=step)
-        if self._steps.get("pictures") != step:
-            self._steps["pictures"] = step
-            for writer in _tensorboards(trainer):
-                self._draw(writer, measured, step)
-
-    def _draw(self, writer: Any, measured: Measured, step: int) -> None:
-        if self.histograms:
+        if self.histograms and self._steps.get("weights") != step:
+            self._steps["weights"] = step
             for layer, weights in measured.nonzero_weights().items():
-                writer.add_histogram(f"compress/weights/{layer}", weights, step)
-        if self.figures:
-            try:
-                left, _ = plots.layers(measured.cost)
-            except ImportError as error:
-                self.figures = False
-                rank_zero_warn(f"CompressionMonitor goes on without figures: {error}")
-            else:
-                writer.add_figure("compress/layers", left.figure, step)
+                for writer in _tensorboards(trainer):
+                    writer.add_histogram(f"compress/weights/{layer}", weights, step)
+
+    def _draw(self, trainer: Trainer, measured: Measured, step: int) -> None:
+        """The figure, only when training starts and ends: it takes as long as everything else together."""
+        if not self.figures or self._steps.get("figure") == step:
+            return
+        self._steps["figure"] = step
+        try:
+            for writer in _tensorboards(trainer):
+                writer.add_figure("compress/layers", plots.layers(measured.cost)[0].figure, step)
+        except ImportError as error:
+            rank_zero_warn(f"CompressionMonitor goes on without its figure: {error}")
 
     def _final_tags(self, pl_module: LightningModule) -> list[str]:
         """Tags of the totals that the HPARAMS page shows."""

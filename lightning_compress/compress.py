@@ -1,0 +1,251 @@
+"""``compress(model, [transforms])``: methods in order on a copy, with what really changed measured."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_compress import codes, tables
+from lightning_compress.cost import Cost, cost
+from lightning_compress.plans import Plan
+from lightning_compress.stats import Calibration
+from lightning_compress.targets import clean
+from lightning_compress.transform import (
+    Coverage,
+    NothingChangedError,
+    OrderError,
+    Step,
+    Transform,
+    applied,
+    record,
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What :func:`compress` returns.
+
+    Args:
+        model: the compressed model.
+        steps: what was done, in order, each with its own plan and coverage.
+        coverage: what the steps changed together.
+        before: counts of the model as given.
+        after: counts of the compressed model.
+    """
+
+    model: nn.Module
+    steps: tuple[Step, ...]
+    coverage: Coverage
+    before: Cost
+    after: Cost
+
+    @property
+    def plan(self) -> tuple[Plan, ...]:
+        """The plan of each step, in order."""
+        return tuple(s.plan for s in self.steps)
+
+    @property
+    def report(self) -> str:
+        """Before and after: totals, every layer, coverage, and the calibration inputs that were used."""
+        b, a = self.before, self.after
+        totals = [
+            ["parameters", b.params, a.params],
+            ["entries", b.elements, a.elements],
+            ["zeros", b.zeros, a.zeros],
+            ["sparsity", b.sparsity, a.sparsity],
+            ["counted bytes", b.bits // 8, a.bits // 8],
+            ["MACs", b.macs, a.macs],
+        ]
+        old = {layer.name: layer for layer in b.layers}
+        layers = []
+        for new in a.layers:
+            was = old.get(new.name)
+            layers.append(
+                [
+                    new.name,
+                    new.kind,
+                    new.elements,
+                    new.zeros,
+                    was and was.bits // 8,
+                    new.bits // 8,
+                    was and was.macs,
+                    new.macs,
+                ]
+            )
+        header = [
+            "layer",
+            "type",
+            "elements",
+            "zeros",
+            "bytes before",
+            "bytes after",
+            "MACs before",
+            "MACs after",
+        ]
+        data = [f"data: {s.name} {s.plan.data}" for s in self.steps if s.plan.data]
+        parts = [
+            tables.text(["total", "before", "after"], totals),
+            tables.text(header, layers),
+            str(self.coverage),
+            *data,
+        ]
+        return "\n\n".join(parts)
+
+    def __str__(self) -> str:
+        return self.report
+
+
+def check_order(transforms: Sequence[Transform], model: nn.Module) -> None:
+    """Refuse an order in which a method would spoil what an earlier one left, before any work.
+
+    Args:
+        transforms: what is to be applied, in order.
+        model: its own applied steps and codes come first.
+
+    Raises:
+        OrderError: with both methods and the reason.
+    """
+    earlier = [(step.name, Transform.registry[step.name].stage) for _, step in applied(model)]
+    earlier += [(f"the {code.kind} code of {key}", code.stage) for key, _, _, code in codes.of(model)]
+    for transform in transforms:
+        name = type(transform).__name__
+        for past, stage in earlier:
+            if stage in transform.refuses_after:
+                raise OrderError(f"{name} after {past} is refused: {transform.refuses_after[stage]}.")
+        earlier.append((name, transform.stage))
+
+
+def _digests(model: nn.Module) -> dict[str, tuple[bytes, int, bool]]:
+    """Name -> (hash of the bytes, number of bytes, is a parameter) of every parameter and buffer, shared ones once."""
+    found = {}
+    for group, is_parameter in ((model.named_parameters(), True), (model.named_buffers(), False)):
+        for name, tensor in group:
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            found[clean(name)] = (hashlib.blake2b(raw, digest_size=16).digest(), tensor.nbytes, is_parameter)
+    return found
+
+
+def _coverage(
+    before: dict[str, tuple[bytes, int, bool]], model: nn.Module, skipped: Mapping[str, str]
+) -> Coverage:
+    after = _digests(model)
+    changed = {
+        n: before[n][1] if n in before else 0
+        for n in before.keys() | after.keys()
+        if before.get(n) != after.get(n)
+    }
+    total = sum(size for _, size, is_parameter in before.values() if is_parameter)
+    hit = sum(before[n][1] for n in changed if n in before and before[n][2])
+    order = [*before, *(n for n in after if n not in before)]
+    named = {n: changed[n] for n in order if n in changed}
+    return Coverage(
+        named, {k: v for k, v in skipped.items() if k not in changed}, total, hit / total if total else 0.0
+    )
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, weight in model.named_parameters():
+        bad = 0 if weight.is_meta else int((~torch.isfinite(weight.detach())).sum())
+        if weight.is_meta or bad:
+            what = (
+                "is on the meta device, so it has no values"
+                if weight.is_meta
+                else f"has {bad} of {weight.numel()} entries that are not finite"
+            )
+            raise ValueError(f"{clean(name)} {what}: load or repair the weights before compressing.")
+
+
+def run_step(model: nn.Module, transform: Transform, data: Calibration | None = None) -> Step:
+    """Plan and apply one transform in place, measure what changed, and record the step on the model.
+
+    Args:
+        model: any module.
+        transform: the method.
+        data: calibration inputs.
+
+    Returns:
+        The recorded step.
+
+    Raises:
+        NothingChangedError: no tensor changed, and the plan is not an identity.
+    """
+    plan = transform.plan(model, data)
+    before = _digests(model)
+    transform.apply(model, plan)
+    coverage = _coverage(before, model, plan.skipped)
+    name = type(transform).__name__
+    if not coverage.changed and not plan.identity:
+        why = (
+            f"no layer fits:{tables.reasons(plan.skipped)}" if plan.skipped else "every tensor is as it was."
+        )
+        why = why if before else "the model has no parameters."
+        raise NothingChangedError(f"{name} changed nothing: {why}")
+    step = Step(name, transform.config(), plan, coverage)
+    record(model, step)
+    return step
+
+
+def compress(
+    model: nn.Module,
+    transforms: Transform | Sequence[Transform],
+    *,
+    example_input: Any = None,
+    data: Any = None,
+    inplace: bool = False,
+    seed: int = 0,
+) -> Result:
+    """Apply transforms in order to a trained model; no Trainer, and for most of them no data.
+
+    Args:
+        model: any module; it is left as it is unless ``inplace``.
+        transforms: what to do, in order.
+        example_input: one input (tensor, tuple of arguments or dict of keywords), for tracing, counting
+            MACs and drawing inputs.
+        data: calibration inputs: batches, a loader, a sampler name or a function (see
+            :class:`lightning_compress.stats.Calibration`).
+        inplace: change ``model`` itself. The work is still done on a copy first, so an error leaves the
+            model as it was.
+        seed: seed of drawn inputs; the global random state is untouched.
+
+    Returns:
+        Model, steps, coverage and the before/after table.
+
+    Raises:
+        TypeError: something in ``transforms`` is not a transform.
+        OrderError: the order would spoil an earlier step.
+        NothingChangedError: a transform found nothing to change.
+        ValueError: weights that are not finite, or options that do not fit the model; the message names the
+        layer.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> result = compress(net, [Prune(sparsity=0.75)])
+        >>> result.after.zeros, result.before.zeros
+        (60, 0)
+    """
+    todo = [transforms] if isinstance(transforms, Transform) else list(transforms)
+    for transform in todo:
+        if not isinstance(transform, Transform):
+            raise TypeError(
+                f"transforms holds {transform!r}; allowed are instances of: {', '.join(sorted(Transform.registry))}."
+            )
+    check_order(todo, model)
+    _check_finite(model)
+    calibration = Calibration(example_input=example_input, data=data, seed=seed)
+    before = cost(model, example_input)
+    start = _digests(model)
+    work = copy.deepcopy(model)
+    steps = tuple(run_step(work, transform, calibration) for transform in todo)
+    if inplace:
+        for transform, step in zip(todo, steps, strict=True):
+            transform.apply(model, step.plan)
+            record(model, step)
+        work = model
+    skipped = {k: v for step in steps for k, v in step.plan.skipped.items()}
+    return Result(work, steps, _coverage(start, work, skipped), before, cost(work, example_input))
