@@ -2,6 +2,7 @@
 
 from lightning_compress import models
 from lightning_compress.archive import inspect, load, save
+from lightning_compress.benchmark import benchmark
 from lightning_compress.callbacks.fusion import BatchNormFusion
 from lightning_compress.callbacks.monitor import CompressionMonitor
 from lightning_compress.callbacks.pruning import ScheduledPruning
@@ -27,6 +28,7 @@ __all__ = [
     "RelativeL2Error",
     "ScheduledPruning",
     "Transform",
+    "benchmark",
     "compress",
     "cost",
     "finalize",

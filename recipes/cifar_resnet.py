@@ -56,12 +56,8 @@ class CIFAR10(LightningDataModule):
         limit_test: int | None = None,
     ) -> None:
         super().__init__()
-        self.folder, self.batch_size, self.train_size, self.limit_test = (
-            folder,
-            batch_size,
-            train_size,
-            limit_test,
-        )
+        self.folder, self.batch_size = folder, batch_size
+        self.train_size, self.limit_test = train_size, limit_test
 
     def setup(self, stage: str) -> None:
         if stage == "fit":

@@ -109,9 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     # 3. Train on with three callbacks. Weights become zero along a cubic curve from 10 % to 70 % of the steps and
     #    then stay zero, while the others heal. When it ends, BatchNorm is folded into the convolutions of a copy,
     #    `fusion.fused`. The monitor draws it all for TensorBoard.
-    print(
-        f"training on while pruning {options.sparsity:.0%} of the weights, {options.fine_tune_epochs} epochs ..."
-    )
+    print(f"training on while pruning to {options.sparsity:.0%} zeros, {options.fine_tune_epochs} epochs ...")
     fusion = lc.BatchNormFusion(attribute="net")
     Trainer(
         max_epochs=options.fine_tune_epochs,
@@ -157,10 +155,10 @@ def main(argv: list[str] | None = None) -> None:
     ]
     print(text(["", "before", "after"], rows))
     encoded = lc.save(dense, out / "dense.lcz").file_bytes
+    print(f"The encoding alone, without pruning, makes {encoded:,} bytes of the dense network.")
     print(
-        f"Encoding alone, without pruning, gives {encoded:,} bytes. Zeros make the file smaller, not the computation:"
+        "Zeros make the file smaller, not the computation (same MACs); latency can gain from the folded BatchNorm only."
     )
-    print("the MACs are the same, and the latency falls only because BatchNorm is gone.")
     print(f"The curves: tensorboard --logdir {out / 'tensorboard'}")
 
 

@@ -86,14 +86,18 @@ def test_fit_checkpoint_resume_and_plain_loading(tmp_path):
 def test_averaged_operator_weights(tmp_path):
     lit = Operator()
     prune = lc.ScheduledPruning(sparsity=0.5, begin=1, end=4, unit="step", every=1)
-    trainer(EMAWeightAveraging(decay=0.9), prune, ModelCheckpoint(tmp_path, save_last=True)).fit(lit, fields())
+    trainer(EMAWeightAveraging(decay=0.9), prune, ModelCheckpoint(tmp_path, save_last=True)).fit(
+        lit, fields()
+    )
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     for state in (saved["state_dict"], lit.state_dict()):
         zeros, total = spectral_zeros(state)
         assert zeros == count_pruned(0.5, total)
     resumed = Operator()
     again = lc.ScheduledPruning(sparsity=0.5, begin=1, end=4, unit="step", every=1)
-    trainer(EMAWeightAveraging(decay=0.9), again, max_epochs=3).fit(resumed, fields(), ckpt_path=tmp_path / "last.ckpt")
+    trainer(EMAWeightAveraging(decay=0.9), again, max_epochs=3).fit(
+        resumed, fields(), ckpt_path=tmp_path / "last.ckpt"
+    )
 
 
 def test_archives_of_operators_come_back_and_list_what_is_no_tensor(tmp_path):
