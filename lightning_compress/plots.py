@@ -75,6 +75,7 @@ def layer_bytes(cost: Cost, ax: Axes | None = None) -> Axes:
     ax.bar_label(pale, labels=labels, padding=3, fontsize=_SMALL)
     ax.set_xlim(0, 1.5 * max(dense, default=1))  # room for the label of the longest bar
     ax.xaxis.set_major_formatter(EngFormatter(unit="B"))
+    ax.locator_params(axis="x", nbins=5)
     ax.set_xlabel(f"bytes (total {write(sum(counted))} of {write(sum(dense))})")
     ax.legend(
         loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=_SMALL

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_compress as lc
-from lightning_compress.cli import load_weights
+from lightning_compress.checkpoints import load_weights
 from lightning_compress.tables import text
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -168,24 +168,12 @@ def build(arch: str, checkpoint: str | None) -> nn.Module:
 
 # -- runs ----------------------------------------------------------------------------------------------------
 
-HEADER = [
-    "network",
-    "top-1",
-    "OutputErrorRate",
-    "zeros among targets",
-    "file_bytes",
-    "compression_ratio",
-    "MACs",
-    "latency_ms",
-]
-
 
 def post_training(options: argparse.Namespace) -> None:
     """No Trainer: prune a copy of the trained network in one call, once for each sparsity."""
     images, labels = read(options.data, False, options.limit_test)
     dense = build(options.arch, options.checkpoint).eval()
-    reference, out = logits(dense, images), options.output_dir
-    rows = [row("dense", dense, images, labels, reference, out / "dense.lcz")]
+    networks = {"dense": dense}
     for sparsity in options.sparsity:
         small = lc.compress(dense, [lc.Prune(sparsity)]).model
         zeros, size = zeros_among_targets(small)
@@ -193,10 +181,8 @@ def post_training(options: argparse.Namespace) -> None:
             raise RuntimeError(f"{zeros} zeros among {size} entries at sparsity {sparsity}.")
         if options.fuse:
             small = lc.compress(small, [lc.FuseBatchNorm()], example_input=normalize(images[:1])).model
-        rows.append(
-            row(f"sparsity {sparsity}", small, images, labels, reference, out / f"sparsity_{sparsity}.lcz")
-        )
-    print(text(HEADER, rows))
+        networks[f"sparsity_{sparsity}"] = small
+    report(networks, images, labels, options.output_dir)
 
 
 def fine_tune(options: argparse.Namespace) -> None:
@@ -219,30 +205,20 @@ def fine_tune(options: argparse.Namespace) -> None:
     ).fit(lit, CIFAR10(options.data, options.batch_size, options.train_size, options.limit_test))
     check_curve(Path(logger.log_dir) / "metrics.csv", sparsity, zeros_among_targets(lit.net)[1], options)
     torch.save(lit.net.state_dict(), out / "pruned.pt")  # loads without this library
-    images, labels = read(options.data, False, options.limit_test)
-    reference = logits(dense, images)
     networks = {"dense": dense, "pruned": lit.net, "fused": fusion.fused}
-    print(
-        text(
-            HEADER,
-            [
-                row(name, net, images, labels, reference, out / f"{name}.lcz")
-                for name, net in networks.items()
-            ],
-        )
-    )
+    report(networks, *read(options.data, False, options.limit_test), out)
 
 
 def check_curve(metrics: Path, sparsity: float, size: int, options: argparse.Namespace) -> None:
     """What was logged is s(t) = sparsity (1 - (1 - p)^3), p = clip((t - begin) / (end - begin), 0, 1)."""
-    begin, end = round(0.1 * options.max_steps), round(0.7 * options.max_steps)
+    begin, end = (math.floor(share * options.max_steps + 0.5) for share in (0.1, 0.7))
     with metrics.open() as file:
         lines = [line for line in csv.DictReader(file) if line["compress/sparsity"]]
     rows = []
     for line in lines:
         t = min(int(line["step"]) + 1, options.max_steps)  # Lightning counts from 0
         due = t - (t - begin) % options.every if begin <= t < end else t  # masks change every so many steps
-        p = min(max((due - begin) / (end - begin), 0), 1)
+        p = min(max((due - begin) / max(end - begin, 1), 0), 1)
         rows.append([t, float(line["compress/sparsity"]), sparsity * (1 - (1 - p) ** 3)])
         if abs(rows[-1][1] - rows[-1][2]) > 0.5 / size + 1e-9:
             raise RuntimeError(
@@ -261,24 +237,34 @@ def zeros_among_targets(net: nn.Module) -> tuple[int, int]:
     return sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)
 
 
-def row(
-    name: str, net: nn.Module, images: Tensor, labels: Tensor, reference: Tensor, path: Path
-) -> list[Any]:
-    """One line of the table: ``reference`` are the dense network's logits, the archive goes to ``path``."""
-    out, errors = logits(net, images), lc.OutputErrorRate()
-    errors.update(reference, out)
-    info, x = lc.save(net, path), normalize(images[:1])
-    zeros, size = zeros_among_targets(net)
-    return [
-        name,
-        f"{(out.argmax(1) == labels).float().mean():.2%}",
-        f"{float(errors.compute()):.2%}",
-        f"{zeros:,} of {size:,}",
-        info.file_bytes,
-        info.compression_ratio,
-        lc.cost(net, x).macs,
-        lc.benchmark(net, x, layerwise=False).latency_ms,
-    ]
+def report(networks: dict[str, nn.Module], images: Tensor, labels: Tensor, folder: Path) -> None:
+    """Write an archive of every network and print a table; the first network is the one to compare with."""
+    dense, x, rows = next(iter(networks.values())), normalize(images[:1]), []
+    threads = torch.get_num_threads()
+    reference = logits(dense, images)
+    for name, net in networks.items():
+        out, errors = logits(net, images), lc.OutputErrorRate()
+        errors.update(reference, out)
+        info = lc.save(net, folder / f"{name}.lcz")
+        zeros, size = zeros_among_targets(net)
+        torch.set_num_threads(1)  # more would wait for one another whenever the machine has other work
+        timing = lc.benchmark(net, x, baseline=dense, layerwise=False)
+        torch.set_num_threads(threads)
+        rows.append(
+            [
+                name,
+                f"{(out.argmax(1) == labels).float().mean():.2%}",
+                f"{float(errors.compute()):.2%}",
+                f"{zeros:,} of {size:,}",
+                info.file_bytes,
+                info.compression_ratio,
+                timing.macs,
+                timing.latency_ms,
+                timing.speed_up,
+            ]
+        )
+    quantities = ["file_bytes", "compression_ratio", "MACs", "latency_ms", "speed-up"]
+    print(text(["network", "top-1", "OutputErrorRate", "zeros among targets", *quantities], rows))
 
 
 def main(argv: list[str] | None = None) -> None:

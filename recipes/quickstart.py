@@ -1,9 +1,21 @@
-"""Train, prune, fuse and encode a small network on real data: one file, no download, about a minute on two CPU cores.
+"""Train, prune, fuse and encode a small network on real data: one file, no download, under a minute on a CPU.
 
     python recipes/quickstart.py
     python recipes/quickstart.py fit --config recipes/configs/quickstart.yaml     # the training alone, from YAML
 
-RESULTS
+Measured, seeds 0, 1, 2 (3 runs, each 15 to 22 s on 2 shared cores of an Intel Xeon at 2.1 GHz, CPU only, one thread):
+
+                              before                   after
+    top-1                     99.4 / 98.4 / 99.6 %     99.4 / 99.2 / 99.8 %
+    OutputErrorRate                                    0.4 / 0.8 / 0.2 %
+    file_bytes                384,179                  35,745 / 35,813 / 35,756
+    compression_ratio         0.98                     10.5
+    MACs                      2,379,008                2,379,008
+    latency_ms (1 image)      0.26 / 0.31 / 0.34       0.23 / 0.30 / 0.32
+
+500 test images: one is 0.2 points. "before" is a plain state dict of a network trained for 6 epochs; the pruned one has
+trained for 10 more. Its zeros save bytes, not MACs: what latency gains comes from the folded BatchNorm. Encoding alone,
+without pruning, gives 313,500 bytes. Python 3.11, torch 2.15.0, lightning 2.6.6.
 """
 
 from __future__ import annotations
@@ -97,6 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     out: Path = options.output_dir
     out.mkdir(parents=True, exist_ok=True)
     seed_everything(options.seed, verbose=False)
+    torch.set_num_threads(1)  # the network is small: more threads only wait for one another
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 
     # 2. Train it, as you always did.
@@ -151,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         ["file_bytes", dense_bytes, info.file_bytes],
         ["compression_ratio", info.dense_bytes / dense_bytes, info.compression_ratio],
         ["MACs", *(lc.cost(net, images[:1]).macs for net in (dense, small))],
-        ["latency_ms (batch 1)", timing.baseline.latency_ms, timing.latency_ms],
+        ["latency_ms (1 image)", timing.baseline.latency_ms, timing.latency_ms],
     ]
     print(text(["", "before", "after"], rows))
     encoded = lc.save(dense, out / "dense.lcz").file_bytes

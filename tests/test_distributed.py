@@ -94,7 +94,7 @@ def equal(a: object, b: object) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def test_a_killed_fit_resumes_as_if_it_had_not_been_killed(tmp_path):
+def test_01_a_killed_fit_resumes_as_if_it_had_not_been_killed(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir(), cut.mkdir()
     reference = start(whole, "run")
@@ -188,7 +188,7 @@ def ranks(folder: Path, devices: int, criterion: str) -> str:
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "random"])
-def test_two_ranks_have_equal_masks_and_the_weights_of_one_process(tmp_path, criterion):
+def test_34_50_two_ranks_have_equal_masks_and_the_weights_of_one_process(tmp_path, criterion):
     """Behaviours 34 (weights come home from forked processes) and 50 (ranks log the same keys), besides equality."""
     home = ranks(tmp_path / "two", 2, criterion)
     ranks(tmp_path / "one", 1, criterion)

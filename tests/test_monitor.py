@@ -611,7 +611,8 @@ def test_every_label_is_inside_the_figure_and_apart_from_its_neighbours(model):
         box = label.get_window_extent()
         assert frame.x0 <= box.x0 and box.x1 <= frame.x1, label
         assert frame.y0 <= box.y0 and box.y1 <= frame.y1, label
-    for group in (names, left.texts, right.texts):
+    ticks = [[t for t in ax.get_xticklabels() if t.get_text()] for ax in (left, right)]
+    for group in (names, left.texts, right.texts, *ticks):
         boxes = [t.get_window_extent() for t in group]
         assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
 

@@ -1,11 +1,13 @@
 """Every recipe runs for a few steps, and what it prints is what a reader would find by counting."""
 
+import ast
 import csv
 import re
 import runpy
 import sys
 from inspect import signature
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -192,8 +194,8 @@ def test_cifar_post_training(
     printed = capsys.readouterr().out
     images, labels = cifar_resnet.read(packs[0], False, None)
     dense = cifar_resnet.logits(cifar_resnet.build("resnet20", checkpoint), images)
-    for name, kept in (("dense", 268_336), ("sparsity 0.5", 134_168), ("sparsity 0.9", 26_834)):
-        net = lc.load(f"out/{name.replace(' ', '_')}.lcz", into=lc.models.resnet20())
+    for name, kept in (("dense", 268_336), ("sparsity_0.5", 134_168), ("sparsity_0.9", 26_834)):
+        net = lc.load(f"out/{name}.lcz", into=lc.models.resnet20())
         logits = cifar_resnet.logits(net, images)
         assert zeros(net) == 268_336 - kept
         assert cells(printed, name) == [
@@ -201,7 +203,7 @@ def test_cifar_post_training(
             f"{(logits.argmax(1) == labels).float().mean():.2%}",
             f"{(logits.argmax(1) != dense.argmax(1)).float().mean():.2%}",
             f"{268_336 - kept:,} of 268,336",
-            f"{Path(f'out/{name.replace(chr(32), chr(95))}.lcz').stat().st_size:,}",
+            f"{Path(f'out/{name}.lcz').stat().st_size:,}",
             *cells(printed, name)[5:],
         ]
         assert any(isinstance(m, nn.BatchNorm2d) for m in net.modules()) == (name == "dense" or not fuse)
@@ -326,3 +328,18 @@ def test_recipe_files_start_the_cli(
         runpy.run_path(str(script), run_name="__main__")
     names = re.findall(r"class_path: lightning_compress\.(\w+)", capsys.readouterr().out)
     assert names == ["ScheduledPruning", "BatchNormFusion", "CompressionMonitor"]
+
+
+# -- documentation -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [quickstart, cifar_resnet])
+def test_the_page_shows_the_whole_docstring(module: ModuleType) -> None:
+    """docs/recipes.md includes lines 2 to n of the recipe: the docstring without its quotes."""
+    source = Path(module.__file__ or "").read_text(encoding="utf-8")
+    (docstring,) = (node for node in ast.parse(source).body[:1] if isinstance(node, ast.Expr))
+    name = Path(module.__file__ or "").name
+    assert (
+        f'"recipes/{name}:1:{(docstring.end_lineno or 0) - 1}"' in (ROOT / "docs" / "recipes.md").read_text()
+    )
+    assert all(word in (module.__doc__ or "") for word in ("Measured", "seed", "torch", "CPU"))
