@@ -126,8 +126,9 @@ def _digests(model: nn.Module) -> dict[str, tuple[bytes, int, bool]]:
     found = {}
     for group, is_parameter in ((model.named_parameters(), True), (model.named_buffers(), False)):
         for name, tensor in group:
-            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            found[clean(name)] = (hashlib.blake2b(raw, digest_size=16).digest(), tensor.nbytes, is_parameter)
+            dense = tensor if tensor.layout == torch.strided else tensor.to_dense()
+            raw = dense.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            found[clean(name)] = (hashlib.blake2b(raw, digest_size=16).digest(), dense.nbytes, is_parameter)
     return found
 
 

@@ -238,7 +238,8 @@ def test_12_averaged_weights_reach_the_target_or_the_order_is_refused(tmp_path, 
     trainer(average(), pruning(), seen, save, max_epochs=4).fit(lit, loader(), loader())
     assert sparsity(lit) == seen.found == 0.5
     saved = type(lit)()
-    saved.load_state_dict(load(tmp_path / "last.ckpt")["state_dict"])
+    plain = averaging == "ema"  # the state of Lightning's own SWA callback holds a class in older torch
+    saved.load_state_dict(torch.load(tmp_path / "last.ckpt", weights_only=plain)["state_dict"])
     assert sparsity(saved) == 0.5
     with pytest.raises(MisconfigurationException, match=f"must come after {type(average()).__name__}"):
         trainer(pruning(), average()).fit(BatchNormLit(), loader(), loader())

@@ -14,6 +14,7 @@ from torch import nn
 
 import lightning_compress as lc
 from lightning_compress import cli
+from lightning_compress.checkpoints import load_weights
 
 NETWORK = """
 import torch
@@ -242,20 +243,20 @@ def test_the_prefix_is_asked_for_when_two_networks_fit(
 def test_tensors_outside_the_prefix_are_left_out_and_inside_are_not(net: nn.Module) -> None:
     state = {f"net.{k}": v for k, v in net.state_dict().items()}
     torch.save(state | {"loss.weight": torch.ones(4)}, "outside.pt")
-    assert same(cli.load_weights(network(), "outside.pt"), net)
+    assert same(load_weights(network(), "outside.pt"), net)
     torch.save(state | {"net.9.weight": torch.ones(4)}, "inside.pt")
     with pytest.raises(ValueError, match=r"9\.weight"):
-        cli.load_weights(network(), "inside.pt")
+        load_weights(network(), "inside.pt")
 
 
 def test_batch_counters_may_be_absent_and_nothing_else(net: nn.Module) -> None:
     state = net.state_dict()
     torch.save({k: v for k, v in state.items() if "num_batches" not in k}, "net.pt")
-    loaded = cli.load_weights(network(), "net.pt")
+    loaded = load_weights(network(), "net.pt")
     assert torch.equal(loaded[1].running_var, net[1].running_var)
     torch.save({k: v for k, v in state.items() if "running_var" not in k}, "net.pt")
     with pytest.raises(ValueError, match=r"lacks 1 of 7 tensors \(1.running_var"):
-        cli.load_weights(network(), "net.pt")
+        load_weights(network(), "net.pt")
 
 
 def test_loading_never_runs_code_and_never_half_loads(
@@ -277,7 +278,7 @@ def test_loading_never_runs_code_and_never_half_loads(
     model = network()
     before = model[0].weight.clone()
     with pytest.raises(ValueError, match=r"4\.bias has shape \(5,\), in the network \(4,\)"):
-        cli.load_weights(model, "wrong.pt")
+        load_weights(model, "wrong.pt")
     assert torch.equal(model[0].weight, before)
 
 
@@ -377,6 +378,8 @@ def test_as_a_process(net: nn.Module) -> None:
     torch.save(net.state_dict(), "net.pt")
     argv = ["prune", "--model", "my_networks:build", "--checkpoint", "net.pt", "--output", "net.lcz"]
     assert cli.main(argv) == 0
-    done = subprocess.run([sys.executable, "-m", "lightning_compress.cli", *argv], capture_output=True, text=True)
+    command = [sys.executable, "-m", "lightning_compress.cli", *argv]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "lightning-compress: error: net.lcz exists: choose another name, or replace it with --force.\n"
+    line = "lightning-compress: error: net.lcz exists: choose another name, or replace it with --force.\n"
+    assert done.stderr == line

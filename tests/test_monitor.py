@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lit import Lit, loader, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -235,6 +236,16 @@ def test_file_bytes_never(board, monkeypatch):
     assert "compress/file_bytes" not in fit.callback_metrics
 
 
+def test_an_archive_that_cannot_be_written_does_not_end_the_program():
+    class Odd(Lit):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("bits", torch.zeros(2).to_sparse())
+
+    with pytest.warns(UserWarning, match="goes on without file_bytes"):
+        trainer(lc.CompressionMonitor(), max_epochs=1).fit(Odd(), loader())
+
+
 def test_nothing_is_left_on_the_disk(tmp_path, monkeypatch):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
@@ -432,15 +443,34 @@ def test_barebones_stays_bare(recwarn):
     assert not [w for w in recwarn if "compress" in str(w.message)]
 
 
-def test_two_processes_log_once_and_agree(tmp_path):
-    board = TensorBoardLogger(tmp_path, "", version=0)
+class Witness(DummyLogger):
+    """Leaves a file for each process that logs to it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        (self.folder / f"logged by {torch.distributed.get_rank()}").touch()
+
+
+def test_two_processes_log_once_and_agree(tmp_path, monkeypatch):
+    def save(*args: Any, **kwargs: Any) -> Any:
+        (tmp_path / f"written by {torch.distributed.get_rank()}").touch()
+        return original(*args, **kwargs)
+
+    original = lc.save
+    monkeypatch.setattr("lightning_compress.archive.save", save)
+    board = TensorBoardLogger(tmp_path / "board", "", version=0)
     strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
-    fit = trainer(OwnPruning(), monitor(file_bytes="epoch"), logger=board, strategy=strategy, devices=2)
+    loggers = [board, Witness(tmp_path)]
+    fit = trainer(OwnPruning(), monitor(file_bytes="epoch"), logger=loggers, strategy=strategy, devices=2)
     fit.fit(Lit(), loader())
     log = events(board.log_dir)
     assert duplicates(log) == []
     assert scalars(log, "compress/sparsity") == {0: 0, 3: 1 / 8, 7: 2 / 8, 8: 2 / 8}
     assert list(scalars(log, "compress/file_bytes")) == [3, 7, 8]
+    assert {p.name for p in tmp_path.glob("* by *")} == {"logged by 0", "written by 0"}
 
 
 # -- it only watches -----------------------------------------------------------------------------------------------
@@ -494,6 +524,33 @@ def test_codes_of_a_compressed_model_are_counted(board):
     lc.compress(module, [lc.Prune(0.75)], inplace=True)
     trainer(monitor(), max_epochs=0, logger=board).fit(module, loader())
     assert scalars(events(board.log_dir), "compress/weight_bits") == {0: 1 + 32 / 4}
+
+
+def test_codes_that_no_longer_fit_are_not_counted(board):
+    module = Lit()
+    lc.compress(module, [lc.Prune(0.75)], inplace=True)
+    for weight in (module.net[0].weight, module.net[2].weight):
+        nn.init.ones_(weight)
+    trainer(monitor(), max_epochs=0, logger=board).fit(module, loader())
+    assert scalars(events(board.log_dir), "compress/weight_bits") == {0: 32}
+
+
+def test_bytes_of_a_layer_inside_a_layer_are_its_own(board, tmp_path):
+    class Outer(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 16)
+            self.inner = nn.Linear(16, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(super().forward(x))
+
+    module = Lit(Outer())
+    trainer(monitor(), max_epochs=0, logger=board).fit(module, loader())
+    log = events(board.log_dir)
+    stored = {t.name: t.stored_bytes for t in lc.save(module, tmp_path / "model.lcz").tensors}
+    for layer in ("net", "net.inner"):
+        expected = stored[f"{layer}.weight"] + stored[f"{layer}.bias"]
+        assert scalars(log, f"compress/file_bytes/{layer}") == {0: expected}
 
 
 def test_modules_without_weights_of_a_known_kind(board):
@@ -586,6 +643,7 @@ def test_bars_are_the_counts():
     counted = resnet_cost()
     left, right = plots.layers(counted)
     assert [bar.get_width() for bar in left.patches] == [layer.sparsity for layer in counted.layers]
+    assert left.yaxis_inverted() and right.yaxis_inverted()  # the first layer on top
     dense, stored = right.containers
     assert [bar.get_width() for bar in dense] == [4 * layer.params for layer in counted.layers]
     assert [bar.get_width() for bar in stored] == [layer.bits / 8 for layer in counted.layers]

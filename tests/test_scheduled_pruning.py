@@ -184,6 +184,29 @@ def test_resume_at_any_step_equals_the_uninterrupted_run(tmp_path, stop, accumul
     assert all(torch.equal(a[i][k], b[i][k]) for i in a for k in a[i])
 
 
+def test_two_named_instances_prune_their_own_layers_and_resume(tmp_path):
+    def both():
+        options = {"begin": 1, "end": 6, "unit": "step", "every": 2}
+        return [
+            lc.ScheduledPruning(sparsity=0.75, include="net.0", name="encoder", **options),
+            lc.ScheduledPruning(sparsity=0.5, include="net.2", name="head", **options),
+        ]
+
+    def zeros(module):
+        return {t.name: float((t.weight == 0).float().mean()) for t in lc.find(module)}
+
+    log, whole, part, again = CSVLogger(tmp_path), Lit(), Lit(), Lit()
+    trainer(*both(), lc.CompressionMonitor(), logger=log, log_every_n_steps=1).fit(whole, loader())
+    assert zeros(whole) == {"net.0": 0.75, "net.2": 0.5}
+    lines = list(csv.DictReader(Path(log.log_dir, "metrics.csv").read_text().splitlines()))
+    tags = ("compress/encoder/sparsity", "compress/head/sparsity", "compress/sparsity")
+    ends = [next(float(r[tag]) for r in reversed(lines) if r[tag]) for tag in tags]
+    assert ends == pytest.approx([0.75, 0.5, (96 + 24) / N])
+    trainer(*both(), ModelCheckpoint(tmp_path, save_last=True), max_epochs=1).fit(part, loader())
+    trainer(*both()).fit(again, loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

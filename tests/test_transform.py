@@ -84,6 +84,14 @@ def test_the_result_says_what_was_done():
     assert len(result.plan) == 1 and result.steps[0].config["sparsity"] == 0.5
 
 
+def test_sparse_buffers_do_no_harm():
+    model = net()
+    model.register_buffer("graph", torch.eye(3).to_sparse())
+    assert lc.compress(model, [lc.Prune(0.5)], example_input=torch.randn(1, 1, 4, 4)).coverage.changed
+    with pytest.raises(lc.archive.ArchiveError, match=r"'graph' has dtype .* and layout torch.sparse_coo"):
+        lc.save(model, "net.lcz")
+
+
 def test_nothing_changed_is_an_error_with_the_reasons():
     with pytest.raises(lc.NothingChangedError, match="Prune changed nothing: the model has no parameters"):
         lc.compress(nn.ReLU(), [lc.Prune(0.5)])

@@ -111,11 +111,9 @@ class CompressionCallback(Callback):
 
     Attributes:
         changes_weights: whether the callback must stand after weight-averaging callbacks.
-        logged: quantities it logs by itself as ``compress/<quantity>``, which a monitor leaves to it.
     """
 
     changes_weights: ClassVar[bool] = False
-    logged: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, name: str | None = None) -> None:
         super().__init__()
@@ -129,6 +127,11 @@ class CompressionCallback(Callback):
     def state_key(self) -> str:
         """Key of this callback's state in a checkpoint."""
         return self._generate_state_key(name=self.name)
+
+    @property
+    def logged(self) -> tuple[str, ...]:
+        """Quantities it logs by itself as ``compress/<quantity>``, which a monitor leaves to it."""
+        return ()
 
     def __getstate__(self) -> dict[str, Any]:
         """Options and own state only: no hooks, so copies and pickles never hold a model, a trainer or an optimizer."""
@@ -211,13 +214,17 @@ class CompressionCallback(Callback):
         while self._undo:
             self._undo.pop()()
 
-    def log_values(self, trainer: Trainer, values: Mapping[str, float | Tensor]) -> None:
-        """Send values straight to every logger, on rank zero, at the step Lightning's own scalars use.
+    def log_values(
+        self, trainer: Trainer, values: Mapping[str, float | Tensor], step: int | None = None
+    ) -> None:
+        """Send values straight to every logger, on rank zero.
 
         Args:
             trainer: the running trainer.
             values: tag -> value; for many values this costs nothing, where ``self.log`` costs milliseconds.
+            step: x value; the step that Lightning's own scalars use if None.
         """
         if trainer.is_global_zero and not trainer.sanity_checking:
+            step = logged_step(trainer) if step is None else step
             for logger in trainer.loggers:
-                logger.log_metrics({k: float(v) for k, v in values.items()}, step=logged_step(trainer))
+                logger.log_metrics({k: float(v) for k, v in values.items()}, step=step)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_compress import codes
-from lightning_compress.callbacks.base import log_due
+from lightning_compress.callbacks.base import log_due, logged_step
 from lightning_compress.callbacks.scheduled import ScheduledCallback
 from lightning_compress.functional.masks import apply_mask_, pack_bits, unpack_bits
 from lightning_compress.pruning.sparsify import Prune
@@ -45,7 +45,7 @@ class ScheduledPruning(ScheduledCallback):
         protect_schedule: hold early stopping back until ``end``.
         gate: name of a validation metric; logs ``compress/at_target/<gate>``, infinite before ``end``, so that
             "best" means best at target.
-        name: distinguishes several instances.
+        name: distinguishes several instances; their tags are ``compress/<name>/...``.
         prune_options: options of :class:`lightning_compress.Prune`: sparsity, criterion, scope, include, exclude …
 
     Raises:
@@ -62,7 +62,6 @@ class ScheduledPruning(ScheduledCallback):
     """
 
     changes_weights: ClassVar[bool] = True
-    logged: ClassVar[tuple[str, ...]] = ("sparsity", "target_sparsity")
 
     def __init__(
         self,
@@ -264,8 +263,16 @@ class ScheduledPruning(ScheduledCallback):
 
     # -- logging -----------------------------------------------------------------------------------------------
 
+    @property
+    def logged(self) -> tuple[str, ...]:
+        """A named instance has tags of its own and leaves the model's totals to a monitor."""
+        return () if self.name else ("sparsity", "target_sparsity")
+
+    def _tag(self, quantity: str) -> str:
+        return f"compress/{self.name}/{quantity}" if self.name else f"compress/{quantity}"
+
     def _totals(self) -> dict[str, float]:
-        return {"compress/sparsity": self.sparsity, "compress/target_sparsity": self.target_sparsity()}
+        return {self._tag("sparsity"): self.sparsity, self._tag("target_sparsity"): self.target_sparsity()}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -281,7 +288,10 @@ class ScheduledPruning(ScheduledCallback):
         if not trainer.barebones:
             pl_module.log_dict(self._totals(), logger=False, sync_dist=True)
         zeros = {t.name or t.param: 1 - float(self.masks[t.key].float().mean()) for t in self._targets}
-        self.log_values(trainer, {f"compress/sparsity/{layer}": share for layer, share in zeros.items()})
+        values = {self._tag(f"sparsity/{layer}"): share for layer, share in zeros.items()}
+        self.log_values(
+            trainer, values, step=logged_step(trainer) - 1
+        )  # where Lightning draws what belongs to an epoch
 
     # -- resume ------------------------------------------------------------------------------------------------
 

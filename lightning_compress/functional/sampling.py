@@ -64,13 +64,15 @@ def gaussian_random_field(
 
     Source: Li et al. 2021, Fourier Neural Operator for Parametric Partial Differential Equations.
     """
-    _, *grid = shape
+    count, *grid = shape
     if boundary not in ("periodic", "neumann"):
         raise ValueError(f"boundary={boundary!r} is unknown; allowed: 'periodic', 'neumann'.")
     if not (grid and min(grid) > 0 and alpha > 0 and tau > 0):
         raise ValueError(
             f"shape={tuple(shape)}, alpha={alpha}, tau={tau}: allowed: (n, n_1, ...), alpha > 0, tau > 0."
         )
+    if not count:
+        return torch.zeros(tuple(shape))  # FFT libraries refuse an empty batch
     periodic = boundary == "periodic"
     squared = torch.zeros(grid, dtype=torch.float64)  # |k|^2
     for axis, n in enumerate(grid):

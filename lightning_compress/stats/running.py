@@ -79,7 +79,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         Nothing.
     """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
+    dense = [b for b in model.buffers() if b.layout == torch.strided and not b.is_meta]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in dense]
     cuda = sorted({t.device.index for t in model.parameters() if t.is_cuda})
     with torch.random.fork_rng(devices=cuda), torch.no_grad():
         try:
