@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _VERBS[options.verb][2](options[options.verb])
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ArgumentError, ValueError, OSError, ImportError) as error:
         print(f"lightning-compress: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -108,10 +111,8 @@ def _writable(path: str, force: bool) -> Path:
 def _transform(kind: type[Prune], options: Namespace) -> Prune:
     """A transform from the options that `_transform_options` added."""
     values = {field.name: options[field.name] for field in dataclasses.fields(kind)}
-    if ":" in values["criterion"]:
-        with _from_here():
-            values["criterion"] = _import(values["criterion"])
-    return kind(**values)
+    with _from_here():  # the criterion may be a function there
+        return kind(**values)
 
 
 def _trained(options: Namespace, checkpoint: str | None) -> nn.Module:

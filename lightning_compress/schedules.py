@@ -7,10 +7,11 @@ it between two steps and two values: ``value(t) = start + (end - start) * f(clip
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from lightning_compress.names import resolve
 
 Shape = Callable[[float], float]
 
@@ -197,20 +198,7 @@ def shape(schedule: str | Mapping[float, float] | Shape) -> Shape:
         >>> shape("linear")(0.3)
         0.3
     """
-    if isinstance(schedule, Mapping):
-        return steps(schedule)
-    if callable(schedule):
-        return schedule
-    if schedule in SHAPES:
-        return SHAPES[schedule]
-    module, _, name = str(schedule).rpartition(".")
-    if module:
-        function: Shape = getattr(importlib.import_module(module), name)
-        return function
-    raise ValueError(
-        f"schedule={schedule!r} is unknown; allowed: {', '.join(SHAPES)}, a mapping of steps, "
-        "or a function of p in [0, 1]."
-    )
+    return steps(schedule) if isinstance(schedule, Mapping) else resolve(schedule, SHAPES, "schedule")
 
 
 @dataclass(frozen=True)

@@ -26,22 +26,6 @@ def cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
-def name_of(value: Any) -> str:
-    """Short name of an option that may be a function, for tables and errors.
-
-    Args:
-        value: a name or a function.
-
-    Returns:
-        Its name.
-
-    Example:
-        >>> name_of("magnitude"), name_of(len)
-        ('magnitude', 'len')
-    """
-    return value if isinstance(value, str) else getattr(value, "__name__", repr(value))
-
-
 def listing(names: Sequence[str], most: int = 4) -> str:
     """Names in a sentence, the first few of many.
 

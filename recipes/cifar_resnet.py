@@ -23,10 +23,10 @@ is 0.02 points), N = 268,336 target weights. All files are ``.lcz``; the plain d
 
 MACs are 40,551,040 in every row: zeros save bytes, not MACs. A speed-up other than 1 comes from the folded BatchNorm or
 is noise (dense against itself: 1.00 to 1.02; median of 20 paired ratios, one image, one thread, about 3 ms).
-Fine-tuning is 100 steps of 128 images at learning rate 0.01 (not tuned), seed 0; seed 1 gives 84.26 %. It took 3.4 minutes, and
-post-training with four sparsities 1.8. Runs: post-training three (--fuse two), fine-tuning with seed 0 two, each with
-the same accuracies and bytes; the speed-ups are of the last. Machine: 2 shared cores of an Intel Xeon at 2.1 GHz, CPU
-only. Python 3.11, torch 2.15.0, lightning 2.6.6.
+Fine-tuning is 100 steps of 128 images at learning rate 0.01 (not tuned), seed 0; seed 1 gives 84.26 %. It took 3.4
+minutes, and post-training with four sparsities 1.8. Runs: post-training three (--fuse two), fine-tuning with seed 0
+two, each with the same accuracies and bytes; the speed-ups are of the last. Machine: 2 shared cores of an Intel Xeon at
+2.1 GHz, CPU only. Python 3.11, torch 2.15.0, lightning 2.6.6.
 """
 
 from __future__ import annotations

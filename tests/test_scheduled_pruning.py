@@ -218,12 +218,24 @@ def test_two_named_instances_prune_their_own_layers_and_resume(tmp_path):
         ({"schedule": "cube"}, "schedule='cube' is unknown"),
         ({"unit": "batch"}, "unit='batch' is unknown"),
         ({"transform": lc.Prune(0.5), "sparsity": 0.6}, "either transform= or its options"),
+        ({"schedule": "math.cube"}, "schedule='math.cube' cannot be imported"),
         ({"name": "a/b"}, "slash"),
     ],
 )
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         lc.ScheduledPruning(**options)
+
+
+def test_a_transform_beside_options_at_their_defaults_is_no_conflict():
+    """As a configuration file gives them."""
+    import dataclasses
+
+    defaults = {f.name: getattr(lc.Prune(), f.name) for f in dataclasses.fields(lc.Prune)}
+    callback = lc.ScheduledPruning(
+        lc.Prune(0.7, criterion="lightning_compress.pruning.criteria.magnitude"), **defaults
+    )
+    assert callback.transform.sparsity == 0.7
 
 
 def test_what_fits_nothing_is_an_error_before_training():

@@ -143,7 +143,10 @@ class CompressionMonitor(CompressionCallback):
         if self.file_bytes != "never" and trainer.is_global_zero:
             try:
                 measured.add_file(_archived(pl_module))
-            except (archive.ArchiveError, OSError) as error:  # raising would end a program whose training succeeded
+            except (
+                archive.ArchiveError,
+                OSError,
+            ) as error:  # raising would end a program whose training succeeded
                 rank_zero_warn(f"CompressionMonitor goes on without file_bytes: {error}")
         metrics = trainer.callback_metrics
         metrics.update({tag: torch.tensor(v) for tag, v in _totals(trainer, measured).items()})

@@ -89,9 +89,12 @@ class ScheduledPruning(ScheduledCallback):
             gate=gate,
             name=name,
         )
-        if transform is not None and prune_options:
+        options = Prune(**prune_options)
+        if (
+            transform is not None and options != Prune()
+        ):  # a configuration file gives every option its default
             raise ValueError(f"give either transform= or its options, not both: {sorted(prune_options)}.")
-        self.transform = transform if transform is not None else Prune(**prune_options)
+        self.transform = options if transform is None else transform
         if not 0 <= start < 1:
             raise ValueError(f"start={start}: allowed is 0 <= start < 1.")
         self.start, self.rewind = start, rewind

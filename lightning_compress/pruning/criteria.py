@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_compress.names import resolve
 from lightning_compress.stats import Stats
 from lightning_compress.targets import Target
 
@@ -63,14 +64,11 @@ def random(seed: int) -> Criterion:
     return scores
 
 
-CRITERIA = ("magnitude", "random")
-
-
 def criterion(name: str | Criterion, seed: int) -> Criterion:
-    """The criterion meant by a name or a function.
+    """The criterion meant by a name, an import path or a function.
 
     Args:
-        name: one of :data:`CRITERIA`, or a function of (target, stats).
+        name: "magnitude", "random", ``"package.module.function"``, or a function of (target, stats).
         seed: for "random".
 
     Returns:
@@ -83,12 +81,4 @@ def criterion(name: str | Criterion, seed: int) -> Criterion:
         >>> criterion("magnitude", seed=0) is magnitude
         True
     """
-    if callable(name):
-        return name
-    if name == "magnitude":
-        return magnitude
-    if name == "random":
-        return random(seed)
-    raise ValueError(
-        f"criterion={name!r} is unknown; allowed: {', '.join(CRITERIA)}, or a function of (target, stats)."
-    )
+    return resolve(name, {"magnitude": magnitude, "random": random(seed)}, "criterion")
