@@ -211,6 +211,7 @@ class CompressionCallback(Callback):
         self._undo.append(functools.partial(patch.drop, before))
 
     def _release(self) -> None:
+        """Undo what was done to module and optimizers; subclasses also drop their references into the run."""
         while self._undo:
             self._undo.pop()()
 

@@ -138,14 +138,8 @@ class BatchNormFusion(CompressionCallback):
         skipped = "".join(f"\n  {name} stays: {why}" for name, why in result.plan[0].skipped.items())
         rank_zero_info(f"BatchNormFusion folded {len(result.plan[0].layers)} BatchNorm layers.{skipped}")
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Undo the hook and drop the captured input."""
-        super().teardown(trainer, pl_module, stage)
-        self._first = None
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The same after an error."""
-        super().on_exception(trainer, pl_module, exception)
+    def _release(self) -> None:
+        super()._release()
         self._first = None
 
     def _target(self, pl_module: LightningModule) -> nn.Module:

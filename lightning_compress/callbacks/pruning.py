@@ -235,14 +235,8 @@ class ScheduledPruning(ScheduledCallback):
                 f"{self.target_sparsity(self.span[1]):.4f}. Train longer, lower end=, or set protect_schedule=True."
             )
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Undo every hook and drop every reference into the run."""
-        super().teardown(trainer, pl_module, stage)
-        self._targets = []
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The same after an error."""
-        super().on_exception(trainer, pl_module, exception)
+    def _release(self) -> None:
+        super()._release()
         self._targets = []
 
     # -- what averaging and saving bring back ------------------------------------------------------------------

@@ -172,14 +172,8 @@ class ScheduledCallback(CompressionCallback):
         end = end if math.isinf(total) else min(end, max(int(total) - 1, 0))
         return min(begin, end), end
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Undo every hook and drop the optimizers."""
-        super().teardown(trainer, pl_module, stage)
-        self._hooked = []
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The same after an error."""
-        super().on_exception(trainer, pl_module, exception)
+    def _release(self) -> None:
+        super()._release()
         self._hooked = []
 
     # -- early stopping, "best", averages ----------------------------------------------------------------------

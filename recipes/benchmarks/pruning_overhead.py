@@ -6,8 +6,8 @@ Two Trainers run in one process, each in a thread of its own, and hand over to e
 works at a time, and each pruned step stands between two plain ones that it is compared with. A step is timed from
 one batch to the next: loop, forward, backward, optimizer and callbacks, mask updates included.
 
-Measured with --steps 120 (sparsity 0.9, an update every 50 steps, seed 0), two threads on a shared two-core x86-64 machine,
-torch 2.15.0, lightning 2.6.6:
+Measured with --steps 120 (sparsity 0.9, an update every 50 steps, seed 0), one thread on a shared two-core x86-64
+machine, torch 2.15.0, lightning 2.6.6:
 
     training step     median ms  mean ms
     ----------------  ---------  -------
