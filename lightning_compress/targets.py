@@ -94,8 +94,8 @@ def register(
         layer: the class, or its dotted name when the package may be absent (``"package.module.Layer"``).
             Subclasses inherit.
         axes: output and input axis of the weight, or a function of the layer that returns them.
-        param: name of the parameter; a module found there is searched for its parameters (factorized
-            tensors).
+        param: name of the parameter, or a glob pattern for several (``"weight_*"``); a module found there is
+            searched for its parameters (factorized tensors).
         default: False if the weight is only touched when an include pattern names it, as for embeddings.
 
     Raises:
@@ -136,6 +136,8 @@ for _projection in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_
 register(nn.Bilinear, Axes(0, 1))
 register(nn.Embedding, Axes(0, 1), default=False)
 register(nn.EmbeddingBag, Axes(0, 1), default=False)
+for _recurrent in (nn.RNNBase, nn.RNNCellBase):
+    register(_recurrent, Axes(0, 1), "weight_*", default=False)
 register("neuralop.layers.spectral_convolution.SpectralConv", _spectral_axes)
 
 
@@ -244,8 +246,9 @@ def _registered(module: nn.Module) -> Iterator[tuple[str, Axes, bool]]:
         if isinstance(held, nn.Module):
             for inner, _ in held.named_parameters():
                 yield f"{kind.param}.{inner}", _inner_axes(held, inner, axes), kind.default
-        elif kind.param in module._parameters and module._parameters[kind.param] is not None:
-            yield kind.param, axes, kind.default
+        for own, weight in module._parameters.items():
+            if weight is not None and fnmatch.fnmatchcase(own, kind.param):
+                yield own, axes, kind.default
 
 
 def survey(model: nn.Module, include: Patterns = "*", exclude: Patterns = ()) -> Survey:

@@ -238,6 +238,15 @@ def test_a_transform_beside_options_at_their_defaults_is_no_conflict():
     assert callback.transform.sparsity == 0.7
 
 
+def test_a_criterion_that_needs_inputs_is_refused_before_training():
+    def by_input(target, stats):
+        return target.weight.detach().abs() * stats.input_norm
+
+    by_input.needs = ("input_norm",)
+    with pytest.raises(MisconfigurationException, match=r"by_input needs input_norm.*before the fit"):
+        trainer(lc.ScheduledPruning(criterion=by_input)).fit(Lit(), loader())
+
+
 def test_what_fits_nothing_is_an_error_before_training():
     with pytest.raises(ValueError, match=r"'nett\.0' fits no layer.*net\.0"):
         trainer(lc.ScheduledPruning(include="nett.0")).fit(Lit(), loader())

@@ -40,6 +40,19 @@ def test_attention_projections_are_targets():
     assert keys(encoder, include="self_attn*") == ["self_attn.in_proj_weight", "self_attn.out_proj.weight"]
 
 
+def test_recurrent_weights_are_pruned_in_place_when_named():
+    net = nn.ModuleDict({"lstm": nn.LSTM(3, 4, num_layers=2, bidirectional=True), "cell": nn.GRUCell(3, 4)})
+    assert keys(net) == []
+    found = keys(net, include=["lstm", "cell"])
+    assert len(found) == 10 and all(".weight_" in k for k in found) and "cell.weight_hh" in found
+    lstm = lc.compress(net, [lc.Prune(0.5, include="lstm", scope="layer")]).model["lstm"]
+    lstm.flatten_parameters()
+    optimizer = torch.optim.SGD(lstm.parameters(), lr=0.1)
+    lstm(torch.randn(5, 2, 3))[0].sum().backward()
+    assert all(p.grad is not None for p in lstm.parameters())
+    optimizer.step()
+
+
 def test_norms_biases_and_embeddings_only_when_named():
     net = nn.ModuleDict({"emb": nn.Embedding(5, 4), "bn": nn.BatchNorm1d(4), "fc": nn.Linear(4, 2)})
     found = survey(net)

@@ -15,6 +15,8 @@ from lightning_compress import codes
 from lightning_compress.callbacks.base import log_due, logged_step
 from lightning_compress.callbacks.scheduled import ScheduledCallback
 from lightning_compress.functional.masks import apply_mask_, pack_bits, unpack_bits
+from lightning_compress.names import name_of
+from lightning_compress.pruning.criteria import criterion
 from lightning_compress.pruning.sparsify import Prune
 from lightning_compress.tables import reasons
 from lightning_compress.targets import Target, clean, survey
@@ -136,6 +138,12 @@ class ScheduledPruning(ScheduledCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the targets (everything is built by now), take over masks, follow the optimizers."""
+        needs = getattr(criterion(self.transform.criterion, self.transform.seed), "needs", ())
+        if needs:
+            raise MisconfigurationException(
+                f"criterion {name_of(self.transform.criterion)} needs {', '.join(needs)}, which is not measured while "
+                "training: use compress(model, [Prune(...)], data=...) before the fit; its zeros are then kept."
+            )
         found = survey(pl_module, self.transform.include, self.transform.exclude)
         self._shares, skipped = self.transform.shares(found.targets)
         skipped |= found.skipped
@@ -238,6 +246,7 @@ class ScheduledPruning(ScheduledCallback):
     def _release(self) -> None:
         super()._release()
         self._targets = []
+        self.masks = {key: mask.cpu() for key, mask in self.masks.items()}
 
     # -- what averaging and saving bring back ------------------------------------------------------------------
 

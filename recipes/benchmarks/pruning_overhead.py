@@ -6,15 +6,15 @@ Two Trainers run in one process, each in a thread of its own, and hand over to e
 works at a time, and each pruned step stands between two plain ones that it is compared with. A step is timed from
 one batch to the next: loop, forward, backward, optimizer and callbacks, mask updates included.
 
-Measured with --steps 120 (sparsity 0.9, an update every 50 steps, seed 0), one thread on a shared two-core x86-64
+Measured with the defaults (sparsity 0.9, an update every 50 steps, seed 0), one thread on a shared two-core x86-64
 machine, torch 2.15.0, lightning 2.6.6:
 
     training step     median ms  mean ms
     ----------------  ---------  -------
-    plain                 273.2    288.2
-    ScheduledPruning      277.0    292.5
+    plain                 277.1    278.1
+    ScheduledPruning      278.9    282.3
 
-    paired ratios of 113 steps: median 1.016, quartiles 0.963 and 1.063
+    paired ratios of 193 steps: median 1.005, quartiles 0.951 and 1.059
     ratio of total times, mask updates included: 1.015
 """
 
