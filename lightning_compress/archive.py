@@ -136,7 +136,7 @@ def save(
         ArchiveError: the folder does not exist; a tensor has no values (meta device, lazy layer) or a dtype
             that the format does not know; metadata is not JSON.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> net = nn.Linear(64, 64)
         >>> info = save(compress(net, [Prune(0.9)]).model, tempfile.mkdtemp() + "/net.lcz")
@@ -188,7 +188,7 @@ def load(path: str | os.PathLike[str], into: nn.Module, *, max_bytes: int = 4 * 
     Raises:
         ArchiveError: the file is damaged or forged, or does not fit ``into``; names tensor and both shapes.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> net, path = nn.Linear(8, 8), tempfile.mkdtemp() + "/net.lcz"
         >>> _ = save(net, path)
@@ -247,7 +247,7 @@ def inspect(path: str | os.PathLike[str]) -> ArchiveInfo:
     Raises:
         ArchiveError: the file is damaged or no archive.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = tempfile.mkdtemp() + "/net.lcz"
         >>> save(nn.Linear(8, 8), path) == inspect(path)
@@ -268,7 +268,7 @@ def baseline_sizes(model: nn.Module) -> dict[str, int]:
         "state_dict": as ``torch.save`` writes it, real numbers as float32 and complex ones as complex64; "gzip",
         "lzma": the same bytes through these programs.
 
-    Example:
+    Examples:
         >>> sizes = baseline_sizes(nn.Linear(64, 64))
         >>> sizes["state_dict"] > 4 * 65 * 64, sizes["lzma"] < sizes["state_dict"]
         (True, True)

@@ -198,7 +198,7 @@ def benchmark(
     Raises:
         ValueError: ``warmup`` or ``runs`` out of range, or the folder of ``output`` does not exist.
 
-    Example:
+    Examples:
         >>> report = benchmark(nn.Linear(8, 4), torch.zeros(2, 8), runs=3)
         >>> report.params, report.macs, [layer.time_share for layer in report.layers]
         (36, 64, [1.0])

@@ -38,7 +38,7 @@ def load_weights(model: nn.Module, path: str | Path, *, prefix: str | None = Non
         ValueError: the file is not a checkpoint, or does not fit; the message names the tensors.
         ImportError: the file needs a package that is not installed.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> net, path = nn.Linear(2, 1), tempfile.mkdtemp() + "/last.ckpt"
         >>> tensors = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, or 2 for input that cannot be used, with one line on stderr.
 
-    Example:
+    Examples:
         >>> main(["inspect", "missing.lcz"])
         2
     """

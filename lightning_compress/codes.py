@@ -107,7 +107,7 @@ class Mask(Code):
     Args:
         mask: bool tensor on the CPU, shape of the weight, True = kept.
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([0.0, 1.5, 0.0])
         >>> Mask(torch.tensor([False, True, False])).matches(weight)
         True
@@ -153,7 +153,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     Returns:
         True if dtype, shape and every bit agree.
 
-    Example:
+    Examples:
         >>> same_bits(torch.tensor(0.0), torch.tensor(-0.0))
         False
     """
@@ -172,7 +172,7 @@ def attach(module: nn.Module, param: str, code: Code) -> None:
         param: parameter name inside the layer.
         code: how the weight can be stored.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(2, 1, bias=False)
         >>> attach(layer, "weight", Mask(torch.tensor([[True, False]])))
         >>> read(layer, "weight").mask.tolist()

@@ -221,10 +221,9 @@ def compress(
         TypeError: something in ``transforms`` is not a transform.
         OrderError: the order would spoil an earlier step.
         NothingChangedError: a transform found nothing to change.
-        ValueError: weights that are not finite, or options that do not fit the model; the message names the
-        layer.
+        ValueError: weights that are not finite, or options that do not fit the model; names the layer.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> result = compress(net, [Prune(sparsity=0.75)])
         >>> result.after.zeros, result.before.zeros

@@ -171,7 +171,7 @@ def cost(model: nn.Module, x: Any = None) -> Cost:
     Raises:
         ValueError: a parameter has no shape yet (lazy layer).
 
-    Example:
+    Examples:
         >>> counted = cost(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()), torch.zeros(1, 3, 4, 4))
         >>> counted.params, counted.macs
         (224, 3456)

@@ -20,7 +20,7 @@ class StandIn(ABC):
     A concrete one inherits from the layer it stands for first (Python then lets an object change between the two
     classes) and from this second, and says how to become plain.
 
-    Example:
+    Examples:
         >>> class Doubled(nn.Linear, StandIn):
         ...     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ...         return nn.functional.linear(x, 2 * self.weight, self.bias)
@@ -54,7 +54,7 @@ def finalize(module: nn.Module) -> nn.Module:
     Returns:
         The copy, in eval mode, on the same devices.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(4, 2), nn.Dropout())
         >>> small = finalize(compress(net, [Prune(0.5)]).model)
         >>> small.training, int((small[0].weight == 0).sum())

@@ -42,7 +42,7 @@ def output_error_rate(
         ValueError: If shapes differ or do not fit the task, an argument is not finite, or the task is
             unknown.
 
-    Example:
+    Examples:
         >>> f = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
         >>> output_error_rate(f, f.flip(1)).item()
         1.0
@@ -66,7 +66,7 @@ def relative_l2_error(preds: Tensor, target: Tensor, dims: int | None = None) ->
     Raises:
         ValueError: If shapes differ, have no axis for the norms, or an argument is not finite.
 
-    Example:
+    Examples:
         >>> y = torch.ones(2, 1, 4, 4)
         >>> relative_l2_error(1.25 * y, y).item()
         0.25
@@ -88,7 +88,7 @@ def wilson_interval(p: Tensor, n: Tensor, z: float = _Z95) -> tuple[Tensor, Tens
     Returns:
         Lower and upper bound, within 0..1.
 
-    Example:
+    Examples:
         >>> low, high = wilson_interval(torch.tensor(0.0), torch.tensor(100.0))
         >>> round(low.item(), 4), round(high.item(), 4)
         (0.0, 0.037)
@@ -222,7 +222,7 @@ class OutputErrorRate(_MeanError):
     Raises:
         ValueError: If the task is unknown.
 
-    Example:
+    Examples:
         >>> metric = OutputErrorRate()
         >>> f = torch.eye(4)
         >>> metric.update(f, f.roll(1, 0))
@@ -279,7 +279,7 @@ class RelativeL2Error(_MeanError):
     Raises:
         ValueError: If `dims` is below 1.
 
-    Example:
+    Examples:
         >>> metric = RelativeL2Error(dims=2)
         >>> y = torch.ones(5, 1, 8, 8)
         >>> metric.update(0.75 * y, y)

@@ -23,7 +23,7 @@ def resolve(value: str | T, known: Mapping[str, T], option: str) -> T:
     Raises:
         ValueError: unknown name, or an import path that leads nowhere.
 
-    Example:
+    Examples:
         >>> resolve("half", {"half": 0.5}, "share"), resolve("math.sqrt", {}, "f")(4.0)
         (0.5, 2.0)
     """
@@ -51,7 +51,7 @@ def name_of(value: Any) -> str:
     Returns:
         Its name.
 
-    Example:
+    Examples:
         >>> name_of("magnitude"), name_of(len)
         ('magnitude', 'len')
     """

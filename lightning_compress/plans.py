@@ -33,7 +33,7 @@ class Plan:
             already reached).
         data: which calibration inputs were used, in words.
 
-    Example:
+    Examples:
         >>> plan = Plan({"fc.weight": {"mask": torch.tensor([True, False])}})
         >>> from_json(to_json(plan)).layers["fc.weight"]["mask"].tolist()
         [True, False]

@@ -30,7 +30,7 @@ def layer_sparsity(cost: Cost, ax: Axes | None = None) -> Axes:
     Raises:
         ImportError: matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> ax = layer_sparsity(lc.cost(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))))
         >>> [label.get_text() for label in ax.get_yticklabels()]
         ['0', '1']
@@ -58,7 +58,7 @@ def layer_bytes(cost: Cost, ax: Axes | None = None) -> Axes:
     Raises:
         ImportError: matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> ax = layer_bytes(lc.cost(nn.Linear(4, 4)))
         >>> [round(bar.get_width()) for bar in ax.patches]
         [80, 80]
@@ -95,7 +95,7 @@ def layers(cost: Cost) -> tuple[Axes, Axes]:
     Raises:
         ImportError: matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> left, right = layers(lc.cost(nn.Linear(4, 4)))
         >>> left.figure is right.figure
         True

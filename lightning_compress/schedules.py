@@ -25,7 +25,7 @@ def constant(p: float) -> float:
     Returns:
         1.0
 
-    Example:
+    Examples:
         >>> constant(0.0)
         1.0
     """
@@ -41,7 +41,7 @@ def linear(p: float) -> float:
     Returns:
         Share of the way.
 
-    Example:
+    Examples:
         >>> linear(0.25)
         0.25
     """
@@ -57,7 +57,7 @@ def cubic(p: float) -> float:
     Returns:
         Share of the way.
 
-    Example:
+    Examples:
         >>> cubic(0.5)
         0.875
     """
@@ -76,7 +76,7 @@ def polynomial(power: float = 0.5) -> Shape:
     Raises:
         ValueError: power <= 0.
 
-    Example:
+    Examples:
         >>> polynomial(2.0)(0.5)
         0.25
     """
@@ -94,7 +94,7 @@ def cosine(p: float) -> float:
     Returns:
         Share of the way.
 
-    Example:
+    Examples:
         >>> round(cosine(0.5), 9)
         0.5
     """
@@ -113,7 +113,7 @@ def exponential(a: float = 5.0) -> Shape:
     Raises:
         ValueError: a is 0.
 
-    Example:
+    Examples:
         >>> exponential(5.0)(1.0)
         1.0
     """
@@ -134,7 +134,7 @@ def steps(values: Mapping[float, float]) -> Shape:
     Raises:
         ValueError: keys or values outside [0, 1], or the stairs do not end at 1.
 
-    Example:
+    Examples:
         >>> stairs = steps({0.0: 0.5, 0.5: 0.8, 1.0: 1.0})
         >>> stairs(0.25), stairs(0.75), stairs(1.0)
         (0.5, 0.8, 1.0)
@@ -194,7 +194,7 @@ def shape(schedule: str | Mapping[float, float] | Shape) -> Shape:
     Raises:
         ValueError: unknown name.
 
-    Example:
+    Examples:
         >>> shape("linear")(0.3)
         0.3
     """
@@ -215,7 +215,7 @@ class Schedule:
     Raises:
         ValueError: the schedule ends before it begins.
 
-    Example:
+    Examples:
         >>> schedule = Schedule(cubic, t0=0, t1=100, start=0.0, end=0.8)
         >>> schedule(0), schedule(50), schedule(100)
         (0.0, 0.7000000000000001, 0.8)
@@ -258,7 +258,7 @@ def to_steps(value: float, unit: str, *, total: float, per_epoch: float, name: s
     Raises:
         ValueError: unknown unit, negative value, fraction above 1 or of an endless training.
 
-    Example:
+    Examples:
         >>> to_steps(0.5, "fraction", total=200, per_epoch=20, name="begin")
         100
     """

@@ -15,7 +15,7 @@ def cell(value: Any) -> str:
     Returns:
         Short text.
 
-    Example:
+    Examples:
         >>> cell(1234567), cell(0.123456), cell(float("nan")), cell("conv1")
         ('1,234,567', '0.1235', '-', 'conv1')
     """
@@ -36,7 +36,7 @@ def listing(names: Sequence[str], most: int = 4) -> str:
     Returns:
         Comma-separated names and the number of those left out.
 
-    Example:
+    Examples:
         >>> listing(["a", "b", "c"], most=2)
         'a, b and 1 more'
     """
@@ -53,7 +53,7 @@ def reasons(skipped: Mapping[str, str]) -> str:
     Returns:
         Indented lines, each starting with a newline; empty if nothing was skipped.
 
-    Example:
+    Examples:
         >>> print("skipped:" + reasons({"a": "too small", "b": "too small", "c": "excluded"}))
         skipped:
           a, b: too small
@@ -75,7 +75,7 @@ def text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     Returns:
         The table, lines joined by newlines.
 
-    Example:
+    Examples:
         >>> print(text(["layer", "zeros"], [["fc", 12], ["conv1", 3]]))
         layer  zeros
         -----  -----
@@ -107,7 +107,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     Returns:
         The table, lines joined by newlines.
 
-    Example:
+    Examples:
         >>> print(markdown(["layer", "zeros"], [["fc", 12]]))
         | layer | zeros |
         | --- | --- |

@@ -25,11 +25,11 @@ V = TypeVar("V")
 class Axes(NamedTuple):
     """All that a method must know of a layer type: where its channels are.
 
-    Args:
+    Attributes:
         out: axis of the output channels of the weight.
         in_: axis of the input channels; None for depth-wise weights, which have none.
 
-    Example:
+    Examples:
         >>> Axes(0, 1).out
         0
     """
@@ -101,7 +101,7 @@ def register(
     Raises:
         TypeError: ``layer`` is neither a class nor a dotted name.
 
-    Example:
+    Examples:
         >>> class MyLinear(nn.Module):
         ...     def __init__(self) -> None:
         ...         super().__init__()
@@ -150,7 +150,7 @@ def clean(name: str) -> str:
     Returns:
         The name that the plain model uses.
 
-    Example:
+    Examples:
         >>> clean("net._orig_mod.0.weight")
         'net.0.weight'
     """
@@ -170,7 +170,7 @@ def matches(pattern: str, *names: str) -> bool:
     Raises:
         ValueError: the regular expression is malformed.
 
-    Example:
+    Examples:
         >>> matches("layer?.*", "layer1.0.conv1"), matches("re:layer[23].*", "layer1.0.conv1")
         (True, False)
     """
@@ -192,7 +192,7 @@ def lookup(table: Mapping[str, V], *names: str) -> V | None:
     Returns:
         The value, or None when nothing fits.
 
-    Example:
+    Examples:
         >>> lookup({"*": 0.5, "fc*": 0.9, "fc1": 0.1}, "fc1"), lookup({"*": 0.5, "fc*": 0.9}, "fc2")
         (0.1, 0.9)
     """
@@ -271,7 +271,7 @@ def survey(model: nn.Module, include: Patterns = "*", exclude: Patterns = ()) ->
         ValueError: a pattern fits no layer (the message lists the nearest names), or a weight is not built
         yet.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
         >>> survey(net).skipped["1.weight"]
         'not a registered weight (give its full name in include, or lc.register its layer type)'
@@ -358,7 +358,7 @@ def locate(model: nn.Module, layer: str, param: str) -> tuple[nn.Module, nn.Para
     Raises:
         ValueError: there is no such layer or parameter.
 
-    Example:
+    Examples:
         >>> locate(nn.Sequential(nn.Linear(3, 2)), "0", "weight")[1].shape
         torch.Size([2, 3])
     """
@@ -387,7 +387,7 @@ def find(model: nn.Module, include: Patterns = "*", exclude: Patterns = ()) -> l
     Raises:
         ValueError: a pattern fits no layer.
 
-    Example:
+    Examples:
         >>> [t.key for t in find(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Embedding(4, 2)))]
         ['0.weight']
     """

@@ -25,7 +25,7 @@ _APPLIED = "_compression_applied"  # root.__dict__[_APPLIED]: list of Step
 class NothingChangedError(ValueError):
     """A method found nothing to change; the message lists every skipped layer with its reason.
 
-    Example:
+    Examples:
         >>> try:
         ...     compress(nn.Sequential(nn.ReLU()), [Prune(0.5)])
         ... except NothingChangedError as error:
@@ -186,7 +186,7 @@ def applied(model: nn.Module) -> Iterator[tuple[str, Step]]:
     Yields:
         Name of the submodule the step was applied to ("" for the model itself), and the step.
 
-    Example:
+    Examples:
         >>> result = compress(nn.Linear(4, 2), [Prune(0.5)])
         >>> [(prefix, step.name) for prefix, step in applied(result.model)]
         [('', 'Prune')]
@@ -222,7 +222,7 @@ def replay(model: nn.Module, steps: Iterable[tuple[str, Step]]) -> list[Step]:
     Raises:
         ValueError: the model does not have the submodule a step names.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval()
         >>> fused = compress(net, [FuseBatchNorm()]).model
         >>> fresh = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval()

@@ -49,7 +49,7 @@ class BatchNormFusion(CompressionCallback):
             the fit (ddp_fork, ddp_spawn); a training checkpoint from before the fusion that is to be resumed in a
             module fused in place.
 
-    Example:
+    Examples:
         >>> BatchNormFusion(attribute="model").fused is None
         True
 

@@ -66,7 +66,7 @@ class CompressionMonitor(CompressionCallback):
     Raises:
         ValueError: an option outside its range, or a quantity whose name is taken.
 
-    Example:
+    Examples:
         >>> CompressionMonitor(every_n_epochs=5, file_bytes="never").every_n_epochs
         5
     """

@@ -55,7 +55,7 @@ class ScheduledPruning(ScheduledCallback):
         MisconfigurationException: nothing to prune, masks in the checkpoint that fit no layer, a wrong place in
             the callback list, or fractions of a training without a known length.
 
-    Example:
+    Examples:
         >>> callback = ScheduledPruning(sparsity=0.9, begin=0.1, end=0.7)
         >>> callback.transform.sparsity
         0.9

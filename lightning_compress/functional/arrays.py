@@ -56,7 +56,7 @@ def typed(value: Any, kind: type[T], what: str) -> T:
     Raises:
         ValueError: it has another type; True is no int.
 
-    Example:
+    Examples:
         >>> typed(3, int, "length")
         3
     """
@@ -209,7 +209,7 @@ def encode_array(
     Returns:
         The description and its streams.
 
-    Example:
+    Examples:
         >>> words = np.where(np.arange(6000) % 20, 0, np.arange(6000)).astype(np.float32)
         >>> array, streams = encode_array("weight", "float32", (60, 100), words)
         >>> array.layout, array.number, bool((decode_array(array, streams) == words).all())

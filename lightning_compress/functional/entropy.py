@@ -91,7 +91,7 @@ def encode(symbols: npt.ArrayLike, coder: str = "auto") -> tuple[str, bytes]:
     Raises:
         ValueError: If the coder is unknown, or symbols are not integers or not in the coder's alphabet.
 
-    Example:
+    Examples:
         >>> name, data = encode(np.array([5, 7, 5, 5] * 3))
         >>> name, len(data), decode(data, 12, name).tolist()[:4]
         ('bitpack', 6, [5, 7, 5, 5])
@@ -142,7 +142,7 @@ def decode(
         ValueError: If coder, count or dtype is not allowed, or the bytes are truncated, too long, corrupt
             or forged. Damage may also decode to other symbols, as most coders carry no checksum: keep one.
 
-    Example:
+    Examples:
         >>> decode(encode([1, 0, 2], "ans")[1], 3, "ans").tolist()
         [1, 0, 2]
         >>> decode(b"12", 3, "raw")
@@ -186,7 +186,7 @@ def entropy_bits(symbols: npt.ArrayLike) -> float:
     Returns:
         Bits for the whole array; 0 for an empty or constant one.
 
-    Example:
+    Examples:
         >>> entropy_bits([0, 1, 0, 1])
         4.0
 
@@ -217,7 +217,7 @@ def gaps_encode(mask: npt.ArrayLike, bits: int | None = None) -> bytes:
     Raises:
         ValueError: If the mask is not boolean or `bits` is outside 1..16.
 
-    Example:
+    Examples:
         >>> mask = np.arange(10_000) % 500 == 3
         >>> data = gaps_encode(mask)
         >>> len(data) < 20, bool((gaps_decode(data, 10_000) == mask).all())
@@ -247,7 +247,7 @@ def gaps_decode(data: bytes, count: int) -> npt.NDArray[np.bool_]:
     Raises:
         ValueError: If the bytes are no valid gaps of `count` elements.
 
-    Example:
+    Examples:
         >>> gaps_decode(gaps_encode(np.array([False, True, True])), 3).tolist()
         [False, True, True]
     """

@@ -47,7 +47,7 @@ def fit(symbols: IntArray, counts: IntArray) -> tuple[Model, bytes]:
     Returns:
         The model and its table.
 
-    Example:
+    Examples:
         >>> model, table = fit(np.array([0, 7]), np.array([300, 100]))
         >>> model.frequencies.tolist(), model.precision, len(table)
         ([3, 1], 2, 5)
@@ -78,7 +78,7 @@ def quantize(counts: IntArray, precision: int) -> IntArray:
     Returns:
         (n,) frequencies.
 
-    Example:
+    Examples:
         >>> quantize(np.array([1, 1, 998]), 4).tolist()
         [1, 1, 14]
     """
@@ -110,7 +110,7 @@ def read(data: bytes) -> tuple[Model, int]:
     Raises:
         ValueError: If the table is truncated or describes no valid model.
 
-    Example:
+    Examples:
         >>> model, table = fit(np.array([0, 7]), np.array([300, 100]))
         >>> read(table + b"payload")[1] == len(table)
         True

@@ -38,7 +38,7 @@ def taps(
     Yields:
         One view [N, C, *size] per kernel position, last axis fastest.
 
-    Example:
+    Examples:
         >>> views = taps(torch.tensor([[[1.0, 2.0]]]), [3], [2], stride=[1], padding=[1], dilation=[1])
         >>> [view[0, 0].tolist() for view in views]
         [[0.0, 1.0], [1.0, 2.0], [2.0, 0.0]]
@@ -88,7 +88,7 @@ def spectrum(
     Returns:
         Coefficients [N, C, *kept] and the kept part of the stored mode axes.
 
-    Example:
+    Examples:
         >>> spectrum(torch.ones(1, 1, 4), [2], [2], [2], real=True, norm="forward")[0].abs().tolist()
         [[[1.0, 0.0]]]
 
@@ -120,7 +120,7 @@ class Histogram:
     Args:
         bins: number of bins, a power of two.
 
-    Example:
+    Examples:
         >>> histogram = Histogram(bins=4)
         >>> histogram.add(torch.tensor([0.1, -0.9]))
         >>> histogram.add(torch.tensor([1.0]))

@@ -23,7 +23,7 @@ def count_pruned(sparsity: float, total: int) -> int:
     Returns:
         k, between 0 and N.
 
-    Example:
+    Examples:
         >>> count_pruned(0.5, 5), count_pruned(0.1, 4)
         (3, 0)
     """
@@ -47,7 +47,7 @@ def topk_mask(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     Raises:
         ValueError: k out of range, or a score is NaN.
 
-    Example:
+    Examples:
         >>> topk_mask([torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0])], 2)
         [tensor([ True, False]), tensor([False,  True])]
     """
@@ -80,7 +80,7 @@ def row_mask(scores: Tensor, k: int, axis: int) -> Tensor:
     Returns:
         Bool tensor of the same shape, True = kept.
 
-    Example:
+    Examples:
         >>> row_mask(torch.tensor([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0]]), 1, axis=0)
         tensor([[ True, False,  True],
                 [False,  True,  True]])
@@ -100,7 +100,7 @@ def apply_mask_(weight: Tensor, mask: Tensor) -> None:
         weight: any dtype, also complex.
         mask: bool, same shape and device.
 
-    Example:
+    Examples:
         >>> w = torch.tensor([-1.0, 2.0])
         >>> apply_mask_(w, torch.tensor([False, True]))
         >>> w
@@ -119,7 +119,7 @@ def pack_bits(mask: Tensor) -> Tensor:
     Returns:
         1-D uint8 tensor on the CPU, ceil(N / 8) bytes.
 
-    Example:
+    Examples:
         >>> pack_bits(torch.tensor([True, False, True]))
         tensor([160], dtype=torch.uint8)
     """
@@ -139,7 +139,7 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     Raises:
         ValueError: the number of bytes does not fit the shape.
 
-    Example:
+    Examples:
         >>> unpack_bits(torch.tensor([160], dtype=torch.uint8), (3,))
         tensor([ True, False,  True])
     """

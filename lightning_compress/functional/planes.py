@@ -26,7 +26,7 @@ def byte_planes(x: npt.NDArray[Any]) -> list[npt.NDArray[np.uint8]]:
     Raises:
         ValueError: If the dtype is none of these.
 
-    Example:
+    Examples:
         >>> [plane.tolist() for plane in byte_planes(np.array([1.0, -2.0], dtype=np.float32))]
         [[127, 128], [0, 0], [0, 0], [0, 1]]
     """
@@ -52,7 +52,7 @@ def from_byte_planes(
     Raises:
         ValueError: If the number, type or lengths of the planes do not belong to this dtype and shape.
 
-    Example:
+    Examples:
         >>> x = np.array([[0.5, -0.0]], dtype=np.float32)
         >>> np.signbit(from_byte_planes(byte_planes(x), x.dtype, x.shape)).tolist()
         [[False, True]]

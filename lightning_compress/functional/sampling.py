@@ -22,7 +22,7 @@ def normal(shape: Sequence[int], generator: torch.Generator | None = None) -> Te
     Returns:
         float32 tensor on the CPU.
 
-    Example:
+    Examples:
         >>> torch.equal(normal((5, 3))[:2], normal((2, 3)))
         True
     """
@@ -57,7 +57,7 @@ def gaussian_random_field(
     Raises:
         ValueError: unknown boundary, alpha or tau not positive, or a shape without grid.
 
-    Example:
+    Examples:
         >>> fields = gaussian_random_field((4, 16, 16), boundary="neumann")
         >>> fields.shape, bool(fields.mean(dim=(1, 2)).abs().max() < 1e-6)
         (torch.Size([4, 16, 16]), True)

@@ -47,7 +47,7 @@ def fold_batchnorm(
     Raises:
         ValueError: another place, or "before" a transposed convolution, which spreads the shift unevenly.
 
-    Example:
+    Examples:
         >>> scale, shift = torch.tensor([2.0, 0.5]), torch.tensor([1.0, 0.0])
         >>> weight, bias = fold_batchnorm(torch.ones(2, 3), None, scale, shift)
         >>> weight.tolist(), bias.tolist()
@@ -87,7 +87,7 @@ def affine(tensors: Mapping[str, Tensor | None], eps: float) -> tuple[Tensor, Te
     Returns:
         Scale and shift in float64 on the CPU.
 
-    Example:
+    Examples:
         >>> affine({"running_mean": torch.tensor([1.0]), "running_var": torch.tensor([3.0])}, eps=1.0)
         (tensor([0.5000], dtype=torch.float64), tensor([-0.5000], dtype=torch.float64))
     """

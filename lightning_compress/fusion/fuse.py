@@ -57,7 +57,7 @@ class FuseBatchNorm(Transform):
     Raises:
         ValueError: a pattern fits no layer.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()).eval()
         >>> fused = compress(net, [FuseBatchNorm()], example_input=torch.zeros(1, 1, 8, 8)).model
         >>> [type(layer).__name__ for layer in fused], list(fused.state_dict())
@@ -291,7 +291,7 @@ def fold_on_load(model: nn.Module) -> None:
         model: a module that :class:`FuseBatchNorm` was applied to, or that has such parts; nothing happens to
             another one, and twice is once.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).eval()
         >>> fused = compress(net, [FuseBatchNorm()]).model
         >>> fold_on_load(fused)

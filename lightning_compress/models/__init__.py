@@ -52,7 +52,7 @@ def names() -> list[str]:
     Returns:
         The names, in order of size within a family.
 
-    Example:
+    Examples:
         >>> names()[:2]
         ['lenet5', 'resnet20']
     """
@@ -72,7 +72,7 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     Raises:
         ValueError: If the name is unknown; the message lists the nearest names.
 
-    Example:
+    Examples:
         >>> sum(p.numel() for p in build("ResNet-20", shortcut="projection").parameters())
         272474
     """

@@ -22,7 +22,7 @@ class LeNet5(nn.Module):
         num_classes: Number of logits, ≥ 1.
         in_channels: Channels of the input image, ≥ 1.
 
-    Example:
+    Examples:
         >>> LeNet5()(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 10])
 

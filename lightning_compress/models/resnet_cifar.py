@@ -21,7 +21,7 @@ class PadShortcut(nn.Module):
         out_channels: C_out ≥ C, channels of the output (N, C_out, ⌈H/s⌉, ⌈W/s⌉).
         stride: s ≥ 1.
 
-    Example:
+    Examples:
         >>> PadShortcut(1, 3, stride=2)(torch.ones(1, 1, 4, 4)).sum(dim=(0, 2, 3)).tolist()
         [0.0, 4.0, 0.0]
 
@@ -55,7 +55,7 @@ class BasicBlock(nn.Module):
         shortcut: "pad" or "projection", used where the shape changes; otherwise the shortcut is the
             identity.
 
-    Example:
+    Examples:
         >>> BasicBlock(16, 32, stride=2, shortcut="pad")(torch.zeros(1, 16, 8, 8)).shape
         torch.Size([1, 32, 4, 4])
 
@@ -114,7 +114,7 @@ class ResNetCIFAR(nn.Module):
     Raises:
         ValueError: If the depth is not 6n + 2 or the shortcut is unknown.
 
-    Example:
+    Examples:
         >>> model = ResNetCIFAR(20)
         >>> sum(p.numel() for p in model.parameters())
         269722

@@ -30,7 +30,7 @@ def magnitude(target: Target, stats: Stats | None = None) -> Tensor:
     Returns:
         Real scores, shape of the weight.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(2, 1, bias=False)
         >>> _ = layer.weight.data.copy_(torch.tensor([[3.0, -4.0]]))
         >>> magnitude(find(layer)[0])
@@ -48,7 +48,7 @@ def random(seed: int) -> Criterion:
     Returns:
         The criterion.
 
-    Example:
+    Examples:
         >>> target = find(nn.Linear(4, 4))[0]
         >>> torch.equal(random(0)(target, None), random(0)(target, None))
         True
@@ -77,7 +77,7 @@ def criterion(name: str | Criterion, seed: int) -> Criterion:
     Raises:
         ValueError: unknown name.
 
-    Example:
+    Examples:
         >>> criterion("magnitude", seed=0) is magnitude
         True
     """

@@ -51,7 +51,7 @@ class Prune(Transform):
     Raises:
         ValueError: an option outside its range; a score that is not finite, with the layer's name.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 2))
         >>> pruned = compress(net, [Prune(sparsity=0.5)]).model
         >>> sum(int((p == 0).sum()) for p in (pruned[0].weight, pruned[2].weight))

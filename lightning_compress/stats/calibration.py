@@ -35,7 +35,7 @@ class Calibration:
     Raises:
         ValueError: unknown sampler name, or ``samples`` below 1.
 
-    Example:
+    Examples:
         >>> calibration = Calibration(example_input=torch.zeros(1, 3, 8, 8), samples=40)
         >>> [batch.shape[0] for batch in calibration.batches(nn.Conv2d(3, 4, 3))]
         [32, 8]

@@ -85,7 +85,7 @@ def collect(
         ValueError: unknown field or task; a target that was never used; values that are not finite; ``loss``
             without labels.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(2, 1, bias=False)
         >>> data = [torch.tensor([[3.0, 0.0]]), torch.tensor([[4.0, 1.0]])]
         >>> collect(layer, find(layer), Calibration(data=data), ["input_norm"])["weight"].input_norm

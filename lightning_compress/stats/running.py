@@ -56,7 +56,7 @@ def call(model: nn.Module, x: Any) -> Any:
     Returns:
         What ``model(...)`` returns.
 
-    Example:
+    Examples:
         >>> call(nn.Bilinear(2, 3, 1), (torch.ones(4, 2), torch.ones(4, 3))).shape
         torch.Size([4, 1])
     """
