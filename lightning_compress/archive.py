@@ -178,7 +178,7 @@ def load(path: str | os.PathLike[str], into: nn.Module, *, max_bytes: int = 4 * 
     every ``Parameter`` stays the same object unless its structure changes; codes are attached again.
 
     Args:
-        path: file that :func:`save` wrote. It may come from anywhere: no code in it is run.
+        path: file that ``save`` wrote. It may come from anywhere: no code in it is run.
         into: a model of the architecture that was compressed, on any device.
         max_bytes: refuse archives that declare more bytes of tensors.
 
@@ -239,7 +239,7 @@ def inspect(path: str | os.PathLike[str]) -> ArchiveInfo:
     """Read the description of an archive, and its checksum; no tensor is decoded.
 
     Args:
-        path: file that :func:`save` wrote.
+        path: file that ``save`` wrote.
 
     Returns:
         Sizes and contents.

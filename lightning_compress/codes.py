@@ -49,15 +49,15 @@ class Code(ABC):
             weight: the layer's weight.
 
         Returns:
-            Field name -> tensor on the CPU, enough for :meth:`rebuild`.
+            Field name -> tensor on the CPU, enough for ``rebuild``.
         """
 
     @abstractmethod
     def rebuild(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """Inverse of :meth:`arrays`, bit-exact; needs no model.
+        """Inverse of ``arrays``, bit-exact; needs no model.
 
         Args:
-            arrays: what :meth:`arrays` returned.
+            arrays: what ``arrays`` returned.
             dtype: dtype of the weight.
 
         Returns:
@@ -71,11 +71,11 @@ class Code(ABC):
 
     @classmethod
     def restore(cls, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Code:
-        """The code that :meth:`arrays` and :meth:`config` came from; attributes are found by name in either.
+        """The code that ``arrays`` and ``config`` came from; attributes are found by name in either.
 
         Args:
-            arrays: what :meth:`arrays` returned.
-            config: what :meth:`config` returned.
+            arrays: what ``arrays`` returned.
+            config: what ``config`` returned.
 
         Returns:
             An equal code.
@@ -191,7 +191,7 @@ def read(module: nn.Module, param: str) -> Code | None:
         param: parameter name inside the layer.
 
     Returns:
-        The attached code; it may be stale (see :meth:`Code.matches`).
+        The attached code; it may be stale (see ``Code.matches``).
     """
     code: Code | None = module.__dict__.get(_SLOT, {}).get(param)
     return code

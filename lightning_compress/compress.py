@@ -29,7 +29,7 @@ from lightning_compress.transform import (
 
 @dataclass(frozen=True)
 class Result:
-    """What :func:`compress` returns.
+    """What ``compress`` returns.
 
     Args:
         model: the compressed model.
@@ -209,7 +209,7 @@ def compress(
         example_input: one input (tensor, tuple of arguments or dict of keywords), for tracing, counting
             MACs and drawing inputs.
         data: calibration inputs: batches, a loader, a sampler name or a function (see
-            :class:`lightning_compress.stats.Calibration`).
+            ``lightning_compress.stats.Calibration``).
         inplace: change ``model`` itself. The work is still done on a copy first, so an error leaves the
             model as it was.
         seed: seed of drawn inputs; the global random state is untouched.

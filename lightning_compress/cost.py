@@ -61,7 +61,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """Counts of a model: the sums over its layers; see :class:`LayerCost` for what is counted.
+    """Counts of a model: the sums over its layers; see ``LayerCost`` for what is counted.
 
     Args:
         layers: one entry per layer that owns parameters or does counted arithmetic, in the order of

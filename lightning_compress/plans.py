@@ -52,7 +52,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         plan: a plan of tensors, numbers, strings, lists and dicts.
 
     Returns:
-        What :func:`from_json` reads.
+        What ``from_json`` reads.
 
     Raises:
         TypeError: a value of another type.
@@ -66,7 +66,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 
 def from_json(value: Mapping[str, Any]) -> Plan:
-    """Inverse of :func:`to_json`.
+    """Inverse of ``to_json``.
 
     Args:
         value: JSON values.

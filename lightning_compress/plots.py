@@ -84,7 +84,7 @@ def layer_bytes(cost: Cost, ax: Axes | None = None) -> Axes:
 
 
 def layers(cost: Cost) -> tuple[Axes, Axes]:
-    """:func:`layer_sparsity` and :func:`layer_bytes` side by side on a figure as tall as the model is deep.
+    """``layer_sparsity`` and ``layer_bytes`` side by side on a figure as tall as the model is deep.
 
     Args:
         cost: counts of a model.

@@ -1,6 +1,6 @@
 """When: optimizer step -> value. One type drives sparsity, bits, penalties and distillation weights.
 
-A shape is a function of progress ``p`` in [0, 1] with ``f(0) = 0`` and ``f(1) = 1``; :class:`Schedule` puts
+A shape is a function of progress ``p`` in [0, 1] with ``f(0) = 0`` and ``f(1) = 1``; ``Schedule`` puts
 it between two steps and two values: ``value(t) = start + (end - start) * f(clip((t - t0) / (t1 - t0), 0,
 1))``.
 """
@@ -185,7 +185,7 @@ def shape(schedule: str | Mapping[float, float] | Shape) -> Shape:
     """The shape meant by a name, stairs, an import path or a function.
 
     Args:
-        schedule: a name of :data:`SHAPES`, a mapping (see :func:`steps`), ``"package.module.function"``, or
+        schedule: a name of ``SHAPES``, a mapping (see ``steps``), ``"package.module.function"``, or
             a function of progress.
 
     Returns:

@@ -1,7 +1,7 @@
 """Which weights a method works on.
 
 A layer type is known by its parameter names and two axes; everything else follows from the tensor. Users
-add their own with one :func:`register` call. Weights are found by *parameter*, so a weight that a module
+add their own with one ``register`` call. Weights are found by *parameter*, so a weight that a module
 keeps inside another module (the spectral weights of neural operators) is found like any other, and a weight
 shared by several layers is found once.
 """
@@ -374,7 +374,7 @@ def locate(model: nn.Module, layer: str, param: str) -> tuple[nn.Module, nn.Para
 
 
 def find(model: nn.Module, include: Patterns = "*", exclude: Patterns = ()) -> list[Target]:
-    """The weights a method would work on; see :func:`survey` for the rules.
+    """The weights a method would work on; see ``survey`` for the rules.
 
     Args:
         model: any module.

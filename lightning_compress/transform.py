@@ -1,7 +1,7 @@
 """What a method is: a frozen dataclass that plans (reads the model) and applies the plan (writes it).
 
 What was applied is kept on the model as an ordered list of steps. Steps that change structure are replayed on a
-fresh model by :func:`replay`, before weights are loaded.
+fresh model by ``replay``, before weights are loaded.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Transform(ABC):
 
         Args:
             model: the module the plan was made for, or one like it.
-            plan: what :meth:`plan` returned.
+            plan: what ``plan`` returned.
         """
 
     def config(self) -> dict[str, Any]:
@@ -147,10 +147,10 @@ class Step:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Step:
-        """Inverse of :meth:`to_json`.
+        """Inverse of ``to_json``.
 
         Args:
-            value: what :meth:`to_json` returned.
+            value: what ``to_json`` returned.
 
         Returns:
             The step.
@@ -214,7 +214,7 @@ def replay(model: nn.Module, steps: Iterable[tuple[str, Step]]) -> list[Step]:
 
     Args:
         model: a model of the original architecture, changed in place.
-        steps: what :func:`applied` yielded for the compressed model.
+        steps: what ``applied`` yielded for the compressed model.
 
     Returns:
         The steps that were carried out.
@@ -259,7 +259,7 @@ def restore(model: nn.Module, steps: Iterable[tuple[str, Step]]) -> None:
 
     Args:
         model: any module.
-        steps: what :func:`applied` yields for it afterwards.
+        steps: what ``applied`` yields for it afterwards.
     """
     parts = {clean(name): module for name, module in model.named_modules()}
     for module in parts.values():

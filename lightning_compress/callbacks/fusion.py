@@ -29,7 +29,7 @@ class BatchNormFusion(CompressionCallback):
     copy, in eval mode and without a trainer, is ``callback.fused``. The trained module stays as it is:
     ``trainer.test(ckpt_path="best")``, resuming and a second ``fit`` work. With ``inplace=True`` the module itself
     is fused instead; it still loads checkpoints from before, folding their BatchNorm on the way, and a second
-    ``fit`` trains it without BatchNorm. See :class:`lightning_compress.FuseBatchNorm` for what is folded.
+    ``fit`` trains it without BatchNorm. See ``lightning_compress.FuseBatchNorm`` for what is folded.
 
     The pairs of layers are found by running ``pl_module.example_input_array``, or else two samples of the first
     input that the module's ``forward`` got, or else by reading the code. Nothing is folded before the end of the

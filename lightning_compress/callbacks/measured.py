@@ -69,7 +69,7 @@ class Measured:
 
         Args:
             totals: rows of name, value at the start, value now.
-            draw: function of header and rows, from :mod:`lightning_compress.tables`.
+            draw: function of header and rows, from ``lightning_compress.tables``.
 
         Returns:
             The tables.

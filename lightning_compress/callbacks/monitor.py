@@ -41,7 +41,7 @@ class CompressionMonitor(CompressionCallback):
     At the start of ``fit``, after every ``every_n_epochs`` epochs and at the end, every logger gets
     ``compress/<quantity>`` and, with ``layers``, ``compress/<quantity>/<layer>`` of the layers with weights:
 
-    - ``sparsity``: zeros / entries of the weights that methods work on (:func:`lightning_compress.find`)
+    - ``sparsity``: zeros / entries of the weights that methods work on (``lightning_compress.find``)
     - ``params``, ``nonzero``: real numbers, and entries other than 0, of all parameters
     - ``macs``: multiply-adds for ``example_input_array`` (the whole batch); left out if the module has none
     - ``weight_bits``: counted bits per entry of those weights: of its code, otherwise the smaller of the

@@ -35,7 +35,7 @@ class ScheduledPruning(ScheduledCallback):
     checkpoint has its zeros and loads without this library.
 
     Args:
-        transform: what to prune; or give the options of :class:`lightning_compress.Prune` directly.
+        transform: what to prune; or give the options of ``lightning_compress.Prune`` directly.
         schedule: "constant", "linear", "cubic", "polynomial", "cosine", "exponential", a mapping of steps, a
             function of progress, or its import path.
         start: sparsity before ``begin``, in [0, 1).
@@ -48,7 +48,7 @@ class ScheduledPruning(ScheduledCallback):
         gate: name of a validation metric; logs ``compress/at_target/<gate>``, infinite before ``end``, so that
             "best" means best at target.
         name: distinguishes several instances; their tags are ``compress/<name>/...``.
-        prune_options: options of :class:`lightning_compress.Prune`: sparsity, criterion, scope, include, exclude …
+        prune_options: options of ``lightning_compress.Prune``: sparsity, criterion, scope, include, exclude …
 
     Raises:
         ValueError: an option outside its range, or a schedule that ends before it begins.

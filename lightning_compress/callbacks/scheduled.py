@@ -26,7 +26,7 @@ class ScheduledCallback(CompressionCallback):
     when an update is due.
 
     Args:
-        schedule: what :func:`lightning_compress.schedules.shape` takes.
+        schedule: what ``lightning_compress.schedules.shape`` takes.
         begin: first point of the schedule.
         end: last point.
         unit: "fraction" (of all optimizer steps), "step" or "epoch".

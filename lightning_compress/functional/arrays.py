@@ -3,7 +3,7 @@
 Layouts:
 
 - ``symbols``: integers minus the smallest of them, one stream.
-- ``planes``: the byte planes of :func:`lightning_compress.functional.entropy.byte_planes`, one stream each.
+- ``planes``: the byte planes of ``lightning_compress.functional.entropy.byte_planes``, one stream each.
 - ``sparse``: which elements have a bit that is not zero, as one stream, then the planes of these elements.
 - ``pool``: none of its own; the elements follow in a pool that many small arrays share.
 """
@@ -112,7 +112,7 @@ class Array:
 
     @classmethod
     def from_json(cls, value: Any) -> Array:
-        """Inverse of :meth:`to_json`, with every check that the description alone allows.
+        """Inverse of ``to_json``, with every check that the description alone allows.
 
         Args:
             value: untrusted.
@@ -237,7 +237,7 @@ def encode_array(
 
 
 def decode_array(array: Array, streams: Sequence[bytes]) -> Words:
-    """Inverse of :func:`encode_array`. Allocates what the description says: the caller must agree to that.
+    """Inverse of ``encode_array``. Allocates what the description says: the caller must agree to that.
 
     Args:
         array: a checked description.

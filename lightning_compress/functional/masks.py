@@ -127,7 +127,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """Inverse of :func:`pack_bits`.
+    """Inverse of ``pack_bits``.
 
     Args:
         packed: 1-D uint8 tensor.

@@ -66,7 +66,7 @@ def output(model: nn.Module, x: Any, watch: Watch | None = None) -> Any:
 
     Args:
         model: any module.
-        x: input, as for :func:`lightning_compress.compress`.
+        x: input, as for ``lightning_compress.compress``.
         watch: fills its connections on the way.
 
     Returns:

@@ -112,7 +112,7 @@ class FuseBatchNorm(Transform):
 
         Args:
             model: the model of the plan, or a fresh one, whose own statistics are then folded.
-            plan: what :meth:`plan` returned.
+            plan: what ``plan`` returned.
 
         Raises:
             ValueError: a layer of the plan is missing or has other channels; nothing is written then.
@@ -288,7 +288,7 @@ def fold_on_load(model: nn.Module) -> None:
     """Let a fused module also load a ``state_dict`` from before the fusion, folding its BatchNorm on the way.
 
     Args:
-        model: a module that :class:`FuseBatchNorm` was applied to, or that has such parts; nothing happens to
+        model: a module that ``FuseBatchNorm`` was applied to, or that has such parts; nothing happens to
             another one, and twice is once.
 
     Examples:

@@ -1,7 +1,7 @@
 """Which weights matter: criteria give every element a score, higher = keep.
 
 A criterion is a plain function ``f(target, stats) -> scores``. One that looks at activations or gradients
-says so in its attribute ``needs`` (names of the fields of :class:`lightning_compress.stats.Stats`), and
+says so in its attribute ``needs`` (names of the fields of ``lightning_compress.stats.Stats``), and
 gets them measured.
 """
 

@@ -133,7 +133,7 @@ class Prune(Transform):
 
         Args:
             model: the model of the plan, or a fresh one.
-            plan: what :meth:`plan` returned.
+            plan: what ``plan`` returned.
 
         Raises:
             ValueError: the model has no such weight, or of another shape; nothing is written then.

@@ -64,7 +64,7 @@ class Calibration:
             model: the model they are meant for.
 
         Yields:
-            What :func:`call` takes.
+            What ``call`` takes.
 
         Raises:
             ValueError: neither ``data`` nor ``example_input`` is given, a sampler name comes without
@@ -74,7 +74,7 @@ class Calibration:
             yield inputs
 
     def pairs(self, model: nn.Module) -> Iterator[tuple[Any, Any]]:
-        """As :meth:`batches`, with the labels of each batch, or None.
+        """As ``batches``, with the labels of each batch, or None.
 
         Args:
             model: the model they are meant for.

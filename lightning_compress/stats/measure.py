@@ -73,7 +73,7 @@ def collect(
         model: any module; it is left exactly as it was, also after an error.
         targets: the weights.
         calibration: where inputs come from.
-        what: names of fields of :class:`Stats`.
+        what: names of fields of ``Stats``.
         loss: function of the model's output and a batch's labels to a scalar, for "gradient".
         task: "classification" or "regression"; None takes an output [n, 2 or more] as class scores. Not used
             with ``loss``.

@@ -97,7 +97,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def observing(model: nn.Module) -> Iterator[None]:
-    """As :func:`evaluating`, and every submodule runs: no fused attention or compiled code skips its hooks.
+    """As ``evaluating``, and every submodule runs: no fused attention or compiled code skips its hooks.
 
     Args:
         model: any module.
