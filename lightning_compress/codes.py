@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.functional.masks import apply_mask_
-from lightning_compress.targets import Target, clean
+from lightning_compress.names import clean
+from lightning_compress.targets import Target
 
 _SLOT = "_compression_codes"  # layer.__dict__[_SLOT]: parameter name -> Code
 

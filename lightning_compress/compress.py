@@ -13,9 +13,9 @@ from torch import nn
 
 from lightning_compress import codes, tables
 from lightning_compress.cost import Cost, cost
+from lightning_compress.names import clean
 from lightning_compress.plans import Plan
 from lightning_compress.stats import Calibration
-from lightning_compress.targets import clean
 from lightning_compress.transform import (
     Coverage,
     NothingChangedError,

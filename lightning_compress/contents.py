@@ -17,7 +17,8 @@ from lightning_compress import codes, transform
 from lightning_compress.codes import Code, same_bits
 from lightning_compress.container import Coded, Header, Payload, Reader
 from lightning_compress.functional.arrays import CARRIERS, Array, Words, typed
-from lightning_compress.targets import clean, locate
+from lightning_compress.names import clean
+from lightning_compress.targets import locate
 from lightning_compress.transform import Step
 
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in CARRIERS}

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import codes, tables
+from lightning_compress.names import clean
 from lightning_compress.stats.running import Operations, call, observing, unwrap
-from lightning_compress.targets import clean, find
+from lightning_compress.targets import find
 
 UNKNOWN = float("nan")
 

@@ -9,17 +9,17 @@ shared by several layers is found once.
 from __future__ import annotations
 
 import fnmatch
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_compress.names import clean, matches
+
 Patterns = str | Sequence[str]
-V = TypeVar("V")
 
 
 class Axes(NamedTuple):
@@ -139,70 +139,6 @@ register(nn.EmbeddingBag, Axes(0, 1), default=False)
 for _recurrent in (nn.RNNBase, nn.RNNCellBase):
     register(_recurrent, Axes(0, 1), "weight_*", default=False)
 register("neuralop.layers.spectral_convolution.SpectralConv", _spectral_axes)
-
-
-def clean(name: str) -> str:
-    """Name without the prefix that ``torch.compile`` puts in front.
-
-    Args:
-        name: module or parameter name.
-
-    Returns:
-        The name that the plain model uses.
-
-    Examples:
-        >>> clean("net._orig_mod.0.weight")
-        'net.0.weight'
-    """
-    return ".".join(p for p in name.split(".") if p != "_orig_mod")
-
-
-def matches(pattern: str, *names: str) -> bool:
-    r"""Whether a glob pattern, or a regular expression written ``re:...``, fits one of the names.
-
-    Args:
-        pattern: ``"layer1.*"`` or ``"re:layer[12]\..*"`` (the whole name must fit).
-        names: candidates.
-
-    Returns:
-        True if one fits.
-
-    Raises:
-        ValueError: the regular expression is malformed.
-
-    Examples:
-        >>> matches("layer?.*", "layer1.0.conv1"), matches("re:layer[23].*", "layer1.0.conv1")
-        (True, False)
-    """
-    if pattern.startswith("re:"):
-        try:
-            return any(re.fullmatch(pattern[3:], n) for n in names)
-        except re.error as error:
-            raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}.") from None
-    return any(fnmatch.fnmatchcase(n, pattern) for n in names)
-
-
-def lookup(table: Mapping[str, V], *names: str) -> V | None:
-    """Value for a name in a mapping from pattern to value: exact name first, then patterns in order, then ``"*"``.
-
-    Args:
-        table: pattern -> value.
-        names: the names of one layer, any of which may fit.
-
-    Returns:
-        The value, or None when nothing fits.
-
-    Examples:
-        >>> lookup({"*": 0.5, "fc*": 0.9, "fc1": 0.1}, "fc1"), lookup({"*": 0.5, "fc*": 0.9}, "fc2")
-        (0.1, 0.9)
-    """
-    for name in names:
-        if name in table:
-            return table[name]
-    for pattern, value in table.items():
-        if pattern != "*" and matches(pattern, *names):
-            return value
-    return table.get("*")
 
 
 @dataclass(frozen=True)

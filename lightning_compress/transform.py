@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lightning_compress import tables
+from lightning_compress.names import clean
 from lightning_compress.plans import Plan, from_json, to_json
 from lightning_compress.stats import Calibration
-from lightning_compress.targets import clean
 
 _APPLIED = "_compression_applied"  # root.__dict__[_APPLIED]: list of Step
 

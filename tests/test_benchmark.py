@@ -150,7 +150,7 @@ def test_baseline_is_compared_in_turns() -> None:
 
 
 def test_speed_up_is_the_median_of_paired_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules[BenchmarkReport.__module__]  # the package's attribute is the function of that name
+    module = sys.modules[benchmark.__module__]
     monkeypatch.setattr(module, "_times", lambda *_: ([4.0, 8.0, 90.0], [2.0, 2.0, 2.0], [4.0, 12.0, 10.0]))
     compared = benchmark(
         nn.Linear(2, 2), torch.zeros(1, 2), baseline=nn.Linear(2, 2), runs=3, layerwise=False

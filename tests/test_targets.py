@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import lightning_compress as lc
-from lightning_compress.targets import clean, find, locate, lookup, survey
+from lightning_compress.names import clean, lookup
+from lightning_compress.targets import find, locate, survey
 
 
 def keys(model, *args, **kwargs):

@@ -15,11 +15,11 @@ from lightning_compress import codes
 from lightning_compress.callbacks.base import log_due, logged_step
 from lightning_compress.callbacks.scheduled import ScheduledCallback
 from lightning_compress.functional.masks import apply_mask_, pack_bits, unpack_bits
-from lightning_compress.names import name_of
+from lightning_compress.names import clean, name_of
 from lightning_compress.pruning.criteria import criterion
 from lightning_compress.pruning.sparsify import Prune
 from lightning_compress.tables import reasons
-from lightning_compress.targets import Target, clean, survey
+from lightning_compress.targets import Target, survey
 
 
 class ScheduledPruning(ScheduledCallback):

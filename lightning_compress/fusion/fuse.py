@@ -22,10 +22,11 @@ from lightning_compress.fusion.fold import (
     fold_tensors,
     tensors_of,
 )
+from lightning_compress.names import clean, matches
 from lightning_compress.plans import Plan
 from lightning_compress.stats import Calibration
 from lightning_compress.stats.running import observing
-from lightning_compress.targets import clean, matches, survey
+from lightning_compress.targets import survey
 from lightning_compress.transform import Transform, applied
 
 _TOLERANCE = 1e-5  # of the largest output, in float32

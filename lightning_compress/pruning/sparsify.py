@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from lightning_compress import codes
 from lightning_compress.functional.masks import count_pruned, row_mask, topk_mask
-from lightning_compress.names import name_of
+from lightning_compress.names import lookup, name_of
 from lightning_compress.plans import Plan
 from lightning_compress.pruning.criteria import Criterion, criterion
 from lightning_compress.stats import Calibration, Stats, collect
-from lightning_compress.targets import Target, locate, lookup, survey
+from lightning_compress.targets import Target, locate, survey
 from lightning_compress.transform import Transform
 
 _SCOPES = ("global", "layer", "row")
