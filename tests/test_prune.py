@@ -108,6 +108,13 @@ def test_sparsity_by_pattern():
     assert "no pattern of sparsity" in result.coverage.skipped["4.weight"]
 
 
+def test_a_pattern_of_sparsity_that_fits_nothing_is_an_error():
+    with pytest.raises(
+        ValueError, match=r"sparsity has 'head', which fits no layer to prune; these are: 0, 2, 4"
+    ):
+        lc.compress(mlp(), [lc.Prune({"0": 0.5, "head": 0.9})])
+
+
 def test_threshold():
     net = nn.Sequential(nn.Linear(2, 2, bias=False))
     net[0].weight.data = torch.tensor([[1.0, 3.0], [10.0, 30.0]])
@@ -149,7 +156,7 @@ def test_a_criterion_is_a_plain_function_that_may_ask_for_stats():
     [
         (
             {"sparsity": 1.0},
-            r"sparsity=1.0: allowed is 0 <= sparsity < 1 \(1 would remove the layer: use DropLayers\)",
+            r"sparsity=1.0: allowed is 0 <= sparsity < 1 \(1 would remove the layer\)",
         ),
         ({"sparsity": -0.1}, "sparsity=-0.1"),
         ({"sparsity": {"fc": 1.5}}, "sparsity=1.5 for 'fc'"),

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from lightning_compress import codes
 from lightning_compress.functional.masks import count_pruned, row_mask, topk_mask
-from lightning_compress.names import lookup, name_of
+from lightning_compress.names import lookup, matches, name_of
 from lightning_compress.plans import Plan
 from lightning_compress.pruning.criteria import Criterion, criterion
 from lightning_compress.stats import Calibration, Stats, collect
+from lightning_compress.tables import listing
 from lightning_compress.targets import Target, locate, survey
 from lightning_compress.transform import Transform
 
@@ -82,7 +83,7 @@ class Prune(Transform):
         for pattern, share in shares.items():
             if not 0 <= share < 1:
                 where = f" for {pattern!r}" if pattern else ""
-                extra = " (1 would remove the layer: use DropLayers)" if share == 1 else ""
+                extra = " (1 would remove the layer)" if share == 1 else ""
                 raise ValueError(f"sparsity={share}{where}: allowed is 0 <= sparsity < 1{extra}.")
         if self.scope not in _SCOPES:
             raise ValueError(f"scope={self.scope!r} is unknown; allowed: {', '.join(_SCOPES)}.")
@@ -158,9 +159,19 @@ class Prune(Transform):
 
         Returns:
             Target key -> share of zeros, and target key -> reason.
+
+        Raises:
+            ValueError: a pattern of ``sparsity`` fits none of them.
         """
         if not isinstance(self.sparsity, Mapping):
             return {t.key: float(self.sparsity) for t in targets}, {}
+        used = {
+            p for p in self.sparsity for t in targets if p in (t.name, t.key) or matches(p, t.name, t.key)
+        }
+        unused = [p for p in self.sparsity if p not in used and p != "*"]
+        if unused:
+            names = listing([t.name or t.key for t in targets])
+            raise ValueError(f"sparsity has {unused[0]!r}, which fits no layer to prune; these are: {names}.")
         shares: dict[str, float] = {}
         skipped: dict[str, str] = {}
         for t in targets:
