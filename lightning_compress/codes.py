@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_compress.functional.masks import apply_mask_
 from lightning_compress.names import clean
-from lightning_compress.targets import Target
+from lightning_compress.targets import Target, parameter
 
 _SLOT = "_compression_codes"  # layer.__dict__[_SLOT]: parameter name -> Code
 
@@ -86,6 +86,20 @@ class Code(ABC):
     @abstractmethod
     def bits(self, weight: Tensor) -> int:
         """Counted storage bits of the weight under this code, before entropy coding."""
+
+    def scaled(self, weight: Tensor, factor: Tensor, axis: int) -> tuple[Tensor, Code] | None:
+        """The weight with every index of an axis multiplied by a factor, if a code of this kind can hold it.
+
+        Args:
+            weight: the layer's weight.
+            factor: one number for each index.
+            axis: of the weight.
+
+        Returns:
+            The new weight on the CPU (it may differ from the product by rounding) and its code; None if there is no
+            such code.
+        """
+        return None
 
     def matches(self, weight: Tensor) -> bool:
         """Whether the weight still is what the code says, bit for bit."""
@@ -249,6 +263,6 @@ def set_mask(module: nn.Module, param: str, mask: Tensor) -> None:
         param: parameter name inside the layer.
         mask: bool, shape of the weight, True = kept.
     """
-    weight = module.get_parameter(param)
+    weight = parameter(module, param)
     apply_mask_(weight, mask.to(weight.device))
     attach(module, param, Mask(mask.detach().cpu().clone()))

@@ -65,7 +65,7 @@ class Target:
     @property
     def weight(self) -> nn.Parameter:
         """The user's own Parameter object, never a copy."""
-        return self.module.get_parameter(self.param)
+        return parameter(self.module, self.param)
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,32 @@ class _Kind:
     axes: Axes | Callable[[nn.Module], Axes]
     param: str
     default: bool
+
+
+def parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """The user's own Parameter object, also of a layer that shows another value in its place while training.
+
+    Args:
+        module: the layer.
+        name: parameter name inside the layer, with dots where it lies deeper.
+
+    Returns:
+        The Parameter.
+
+    Raises:
+        AttributeError: there is none of that name.
+
+    Examples:
+        >>> layer = nn.Linear(2, 1)
+        >>> parameter(layer, "weight") is layer.weight
+        True
+    """
+    path, _, last = name.rpartition(".")
+    holder = module.get_submodule(path)
+    found = holder._parameters.get(last)
+    if found is None:
+        raise AttributeError(f"{type(holder).__name__} has no parameter {last!r}.")
+    return found
 
 
 UNREGISTERED = "not a registered weight (give its full name in include, or lc.register its layer type)"
@@ -168,7 +194,7 @@ def _kinds(module: nn.Module) -> list[_Kind]:
 
 def _inner_axes(holder: nn.Module, param: str, axes: Axes) -> Axes:
     """Axes of one parameter of a factorized weight: the layer's own when dense, else rows by size, ranks as columns."""
-    tensor = holder.get_parameter(param)
+    tensor = parameter(holder, param)
     if tuple(tensor.shape) == tuple(getattr(holder, "shape", ())):
         return axes
     return Axes(0, 1 if tensor.dim() > 1 else None)
@@ -301,7 +327,7 @@ def locate(model: nn.Module, layer: str, param: str) -> tuple[nn.Module, nn.Para
     for name, module in model.named_modules():
         if clean(name) == layer:
             try:
-                return module, module.get_parameter(param)
+                return module, parameter(module, param)
             except AttributeError:
                 break
     raise ValueError(

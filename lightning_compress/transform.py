@@ -65,7 +65,7 @@ class Transform(ABC):
     Concrete transforms are frozen dataclasses and final. Attributes of the class:
 
     Attributes:
-        structural: whether state-dict keys or shapes change, so that loading must replay the step.
+        structural: whether state-dict keys, shapes or layers change, so that loading must replay the step.
         stage: what the method leaves behind: "structure", "fusion", "mask" or "grid".
         refuses_after: stage of an earlier method -> why this one may not follow it.
     """
@@ -99,6 +99,18 @@ class Transform(ABC):
             model: the module the plan was made for, or one like it.
             plan: what ``plan`` returned.
         """
+
+    @classmethod
+    def structure(cls, plan: Plan) -> Plan:
+        """The part of a plan that a fresh model needs before weights are loaded into it.
+
+        Args:
+            plan: what ``plan`` returned.
+
+        Returns:
+            The whole plan if the method is structural, else one without layers.
+        """
+        return plan if cls.structural else Plan({})
 
     def config(self) -> dict[str, Any]:
         """The options as JSON values; functions are given by their name."""
@@ -134,14 +146,14 @@ class Step:
     def structural(self) -> bool:
         """Whether loading weights into a fresh model needs this step first."""
         known = Transform.registry.get(self.name)
-        return known is not None and known.structural
+        return known is not None and known.structural and bool(known.structure(self.plan).layers)
 
     def to_json(self) -> dict[str, Any]:
         """All that a replay needs, as JSON values: plans of structural steps only; others are in the weights."""
         return {
             "name": self.name,
             "config": self.config,
-            "plan": to_json(self.plan) if self.structural else None,
+            "plan": to_json(Transform.registry[self.name].structure(self.plan)) if self.structural else None,
             "coverage": dataclasses.asdict(self.coverage),
         }
 
@@ -246,9 +258,8 @@ def replay(model: nn.Module, steps: Iterable[tuple[str, Step]]) -> list[Step]:
         met[prefix] += 1
         if position < sum(s.structural for s in part.__dict__.get(_APPLIED, ())):
             continue
-        Transform.registry[step.name]().apply(
-            part, step.plan
-        )  # default options: apply follows the plan alone
+        known = Transform.registry[step.name]
+        known().apply(part, known.structure(step.plan))  # default options: apply follows the plan alone
         record(part, step)
         done.append(step)
     return done

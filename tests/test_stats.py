@@ -1,7 +1,9 @@
 """Calibration: the inputs that are drawn, and measured statistics against independent NumPy references."""
 
 import copy
+import math
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -165,9 +167,10 @@ def test_linear_norms_and_gram(bias: bool, strided: bool) -> None:
     x = torch.randn(6, 5, 4)
     if strided:
         x = x.mT.contiguous().mT
-    stats = only(nn.Linear(4, 3, bias=bias), [x[:4], x[4:]], "input_norm", "gram")
+    stats = only(nn.Linear(4, 3, bias=bias), [x[:4], x[4:]], "input_norm", "input_mean", "gram")
     rows = x.double().numpy().reshape(-1, 4)
     close(stats.input_norm, np.sqrt((rows**2).sum(0))[None])
+    close(stats.input_mean, rows.mean(0)[None])
     close(stats.gram, rows.T @ rows)
     assert (stats.count, stats.rows) == (6, 30)
     assert stats.input_range is None and stats.gradient is None
@@ -204,17 +207,20 @@ CONVOLUTIONS = [
 @pytest.mark.parametrize(
     ("layer", "shape"), CONVOLUTIONS, ids=lambda v: str(v) if isinstance(v, nn.Module) else ""
 )
-def test_convolution_norms_equal_unit_kernel_responses(layer: Any, shape: tuple[int, ...]) -> None:
+def test_convolution_norms_and_means_equal_unit_kernel_responses(layer: Any, shape: tuple[int, ...]) -> None:
     """What an entry multiplies is the layer's response when that entry is one and the rest zero."""
-    x = torch.randn(shape)
-    stats = only(layer, [x], "input_norm", "gram")
+    x = torch.randn(shape) + 1
+    stats = only(layer, [x[:1], x[1:]], "input_norm", "input_mean", "gram")
+    transposed, groups = layer.transposed, layer.groups
     responses = unit_responses(layer, x.double().numpy())
-    norms = np.zeros(layer.weight.shape)
+    norms, means = np.zeros((2, *layer.weight.shape))
     for index, y in responses:
         norms[index] = np.linalg.norm(y)
+        output = index[1] + index[0] // (layer.in_channels // groups) * layer.weight.shape[1]
+        means[index] = y[:, output if transposed else index[0]].mean()
     close(stats.input_norm.expand(layer.weight.shape), norms)
+    close(stats.input_mean.expand(layer.weight.shape), means)
     # Gram matrix of one output channel per group: products of the responses of its weight entries.
-    transposed, groups = layer.transposed, layer.groups
     out_axis = 1 if transposed else 0
     grams = []
     for group in range(groups):
@@ -241,7 +247,10 @@ def test_attention_norms_of_each_projection() -> None:
             return self.attention(q, kv, kv)[0]
 
     model, q, kv = Cross(), torch.randn(3, 5, 4), torch.randn(3, 6, 4)
-    found = collect(model, find(model), Calibration(data=[((q, kv), None)]), ["input_norm"])
+    data = Calibration(data=[((q, kv), None)])
+    found = collect(model, find(model), data, ["input_norm", "input_mean"])
+    means = [t.double().numpy().reshape(-1, 4).mean(0) for t in (q, kv, kv)]
+    close(found["attention.in_proj_weight"].input_mean, np.repeat(means, 4, axis=0))
     a, b = (np.sqrt((t.double().numpy().reshape(-1, 4) ** 2).sum(0)) for t in (q, kv))
     close(
         found["attention.in_proj_weight"].input_norm, np.concatenate([np.tile(v, (4, 1)) for v in (a, b, b)])
@@ -312,7 +321,7 @@ def test_spectral_norms_equal_unit_weight_responses(
     if used is not None:
         layer.n_modes = used
     x = torch.randn(3, 2, *shape)
-    stats = only(layer, [x], "input_norm")
+    stats = only(layer, [x], "input_norm", "input_mean")
     probe = copy.deepcopy(layer)
     contract = probe._contract
     products: list[torch.Tensor] = []
@@ -322,14 +331,16 @@ def test_spectral_norms_equal_unit_weight_responses(
         return products[-1]
 
     probe._contract = spy
-    expected = torch.zeros_like(layer.weight.tensor.real)
+    expected, means = torch.zeros_like(layer.weight.tensor.real), torch.zeros_like(layer.weight.tensor)
     with torch.no_grad():
         for index in np.ndindex(*expected.shape):
             probe.weight.tensor.zero_()
             probe.weight.tensor[index] = 1
             probe(x)
+            means[index] = products[-1].sum() / len(x)
             expected[index] = products.pop().norm()
     close(stats.input_norm.expand(expected.shape), expected.numpy(), 1e-4)
+    close(stats.input_mean.expand(expected.shape), means.numpy(), 1e-4)
     assert separable or stats.input_norm.shape[1] == 1
     assert float(expected.max()) > 0
     with pytest.raises(ValueError, match="Gram"):
@@ -355,27 +366,35 @@ def test_ranges_and_histogram() -> None:
     assert stats.input_range == (-3.0, 7.0)
     assert stats.output_range == (10.0 + 1 - 6, 10.0 + 0.5 + 14)
     counts, upper = stats.histogram
-    assert counts.sum() == 6 and len(counts) == 2048
+    assert counts.sum() == 6 and len(counts) == 2 * 2048
     assert upper == 8.0
-    expected, _ = np.histogram(torch.cat(batches).abs().numpy(), bins=2048, range=(0, 8))
+    expected, _ = np.histogram(torch.cat(batches).numpy(), bins=2 * 2048, range=(-8, 8))
     assert np.array_equal(counts.numpy(), expected)
 
 
-@given(
-    batches=st.lists(
-        st.lists(st.floats(-1e6, 1e6, width=32, allow_subnormal=False), min_size=1, max_size=20),
-        min_size=1,
-        max_size=6,
-    )
-)
+finite = st.floats(-1e6, 1e6, width=32)
+
+
+@given(batches=st.lists(st.lists(finite, min_size=1, max_size=20), min_size=1, max_size=6))
 def test_histogram_equals_one_over_all_values(batches: list[list[float]]) -> None:
     histogram = Histogram(bins=16)
     for batch in batches:
         histogram.add(torch.tensor(batch))
-    values = np.abs(np.array([v for batch in batches for v in batch]))
-    expected, _ = np.histogram(values, bins=16, range=(0, histogram.upper or 1.0))
+    values = np.array([v for batch in batches for v in batch])
+    # Rational numbers: not even values next to an edge may be in the wrong bin.
+    width = Fraction(histogram.upper or 1.0) / 16
+    expected = np.bincount([math.floor(Fraction(v) / width) + 16 for v in values], minlength=32)
     assert np.array_equal(histogram.counts.numpy(), expected)
-    assert values.max() < histogram.upper <= 2 * values.max() or histogram.upper == values.max() == 0
+    largest = np.abs(values).max()
+    assert largest < histogram.upper <= 2 * largest or histogram.upper == largest == 0
+
+
+def test_histogram_of_complex_values_counts_both_parts() -> None:
+    histogram, parts = Histogram(bins=8), Histogram(bins=8)
+    z = torch.randn(50, dtype=torch.complex64)
+    histogram.add(z.conj())
+    parts.add(torch.stack([z.real, -z.imag]))
+    assert torch.equal(histogram.counts, parts.counts) and histogram.counts.sum() == 100
 
 
 def test_gradient_with_labels_is_the_mean_square_of_single_samples() -> None:
@@ -428,14 +447,14 @@ def test_loss_needs_labels_and_fields_need_names() -> None:
     layer, x = nn.Linear(2, 2), torch.zeros(1, 2)
     with pytest.raises(ValueError, match="labels"):
         only(layer, [x], "gradient", loss=lambda out, y: out.sum())
-    with pytest.raises(ValueError, match=r"'grammar'.*input_norm, gram"):
+    with pytest.raises(ValueError, match=r"'grammar'.*input_norm, input_mean, gram"):
         only(layer, [x], "grammar")
     with pytest.raises(ValueError, match=r"'ranking'.*'regression'"):
         only(layer, [x], "gradient", task="ranking")
 
 
 @pytest.mark.parametrize(
-    "what", ["input_norm", "gram", "input_range", "output_range", "histogram", "gradient"]
+    "what", ["input_norm", "input_mean", "gram", "input_range", "output_range", "histogram", "gradient"]
 )
 def test_a_layer_that_never_ran_is_named(what: str) -> None:
     class Unused(nn.Module):

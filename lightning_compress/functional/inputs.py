@@ -113,38 +113,46 @@ def spectrum(
 
 
 class Histogram:
-    """Counts of ``|x|`` in equal bins on [0, upper); the range doubles by merging bins, so no value is kept.
+    """Signed counts in equal bins on [-upper, upper); the range doubles by merging bins, so no value is kept.
 
-    ``upper`` is a power of two, so bin edges are exact and the order of the values does not matter.
+    Bin k of ``2 * bins`` counts ``(k / bins - 1) * upper <= x < ((k + 1) / bins - 1) * upper``. ``upper`` is a
+    power of two above every ``|x|``, so bin edges are exact, zero is one of them, and the order of the values
+    does not matter.
 
     Args:
-        bins: number of bins, a power of two.
+        bins: number of bins on each side of zero, a power of two, 2 or more.
 
     Examples:
-        >>> histogram = Histogram(bins=4)
+        >>> histogram = Histogram(bins=2)
         >>> histogram.add(torch.tensor([0.1, -0.9]))
+        >>> histogram.counts.tolist(), histogram.upper
+        ([1.0, 0.0, 1.0, 0.0], 1.0)
         >>> histogram.add(torch.tensor([1.0]))
         >>> histogram.counts.tolist(), histogram.upper
-        ([1.0, 1.0, 1.0, 0.0], 2.0)
+        ([0.0, 1.0, 1.0, 1.0], 2.0)
     """
 
     def __init__(self, bins: int = 2048) -> None:
-        self.counts = torch.zeros(bins, dtype=torch.float64)
+        self.bins = bins
+        self.counts = torch.zeros(2 * bins, dtype=torch.float64)
         self.upper = 0.0
 
     def add(self, x: Tensor) -> None:
         """Count the entries of a tensor of finite values.
 
         Args:
-            x: real or complex, any shape and device.
+            x: real, any shape and device; of a complex tensor, real and imaginary parts are counted.
         """
-        values = x.detach().abs().float().reshape(-1)
-        largest = float(values.max()) if values.numel() else 0.0
+        x = x.detach()
+        values = (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).double().reshape(-1)
+        largest = float(values.abs().max()) if values.numel() else 0.0
         needed = 2.0 ** math.frexp(largest)[1] if largest else 0.0  # the next power of two above
         if self.upper == 0.0:
-            self.upper = needed  # until now there were zeros only: they stay in the first bin
+            self.upper = needed  # until now there were zeros only: they stay in the first bin from zero on
         while needed > self.upper:
             merged = self.counts.view(-1, 2).sum(1)
-            self.counts = torch.cat([merged, torch.zeros_like(merged)])
+            self.counts = functional.pad(merged, (self.bins // 2, self.bins // 2))
             self.upper *= 2
-        self.counts += torch.histc(values, len(self.counts), 0.0, self.upper or 1.0).cpu().double()
+        # Dividing by a power of two is exact, so floor never moves a value over an edge.
+        codes = (values * (self.bins / (self.upper or 1.0))).floor().long() + self.bins
+        self.counts += torch.bincount(codes, minlength=2 * self.bins).cpu()

@@ -1,4 +1,4 @@
-"""What a pass over calibration inputs measures: input norms, Gram matrices, ranges, histograms, gradients."""
+"""What a pass over calibration inputs measures: norms, means, Gram matrices, ranges, histograms, gradients."""
 
 from __future__ import annotations
 
@@ -26,19 +26,24 @@ class Stats:
             multiplies, broadcastable to the weight: Linear [1, in]; convolution [1, in, *kernel] ([out, in /
             groups, *kernel] if grouped, [in, 1, *kernel] if transposed), zeros of the padding included;
             spectral [in, 1, *modes], of the Fourier coefficients. float32.
+        input_mean: mean of the same inputs over the same samples and positions, of the same shape, so that
+            ``sum(weight * input_mean)`` per output channel is the mean output without bias. float32;
+            complex64 where the inputs are complex.
         gram: ``X^T X`` of the same unfolded inputs, [D, D] with D = in x kernel size in the order of the
             weight, [groups, D, D] if grouped. float64.
         input_range: smallest and largest entry of the layer's input.
         output_range: the same of its output.
-        histogram: counts of the input's absolute values in 2048 equal bins on [0, upper), and upper, a power
-            of two.
+        histogram: counts of the input's entries (real and imaginary parts of complex ones) in 2 x 2048 equal
+            bins on [-upper, upper), and upper, a power of two.
         gradient: ``E |g|^2`` per entry, E over single samples, g the gradient of the loss. float32, shape of
             the weight.
         count: number of samples.
-        rows: rows of X (samples x positions); 0 unless ``input_norm`` or ``gram`` was asked for.
+        rows: rows of X (samples x positions); 0 unless ``input_norm``, ``input_mean`` or ``gram`` was asked
+            for.
     """
 
     input_norm: Tensor | None = None
+    input_mean: Tensor | None = None
     gram: Tensor | None = None
     input_range: tuple[float, float] | None = None
     output_range: tuple[float, float] | None = None
@@ -48,7 +53,8 @@ class Stats:
     rows: int = 0
 
 
-_FIELDS = ("input_norm", "gram", "input_range", "output_range", "histogram", "gradient")
+_FIELDS = ("input_norm", "input_mean", "gram", "input_range", "output_range", "histogram", "gradient")
+_FACTORS = frozenset(("input_norm", "input_mean", "gram"))  # of the inputs as the weight multiplies them
 
 
 def collect(
@@ -62,12 +68,12 @@ def collect(
 ) -> dict[str, Stats]:
     """Run the calibration inputs through the model once and measure what the targets' layers see.
 
-    Only running sums are kept, never activations. Norms and Gram matrices come from the products in which a
-    weight really takes part, whichever module computes them; ranges and histograms from the first input and
-    output of the target's module. Gradients take a pass of their own, one sample at a time: of ``loss(output,
-    labels)`` if a loss is given, otherwise of the model's own distribution, cross-entropy against ``y ~
-    softmax(f(x))`` or ``|f(x) - y|^2 / 2`` with ``y = f(x) + e``, ``e ~ N(0, I)``, which makes ``E |g|^2``
-    the diagonal Fisher.
+    Only running sums are kept, never activations. Norms, means and Gram matrices come from the products in
+    which a weight really takes part, whichever module computes them; ranges and histograms from the first
+    input and output of the target's module. Gradients take a pass of their own, one sample at a time: of
+    ``loss(output, labels)`` if a loss is given, otherwise of the model's own distribution, cross-entropy
+    against ``y ~ softmax(f(x))`` or ``|f(x) - y|^2 / 2`` with ``y = f(x) + e``, ``e ~ N(0, I)``, which makes
+    ``E |g|^2`` the diagonal Fisher.
 
     Args:
         model: any module; it is left exactly as it was, also after an error.
@@ -147,7 +153,7 @@ class _Tracker:
         self.called = False
         self.count = 0
         self.rows = 0
-        self.squares: Tensor | None = None  # broadcastable to the weight
+        self.moments: Tensor | None = None  # sums of |x|^2, x and 1: [3, *broadcastable to the weight]
         self.gram: Tensor | None = None
         self.range = {"input_range": (math.inf, -math.inf), "output_range": (math.inf, -math.inf)}
         self.histogram = Histogram()
@@ -162,7 +168,7 @@ class _Tracker:
         if axis is None:
             return
         x = self._finite(x.reshape(-1, x.shape[-1]))
-        squares = x.abs().square().sum(0, dtype=torch.float64).unsqueeze(1 - axis)
+        moments = _moments(x, [0]).unsqueeze(2 - axis)
         first = (used.storage_offset() - weight.storage_offset()) // weight.stride(1 - axis)
         if used.shape[1] < weight.shape[1 - axis]:
             # Attention with separate queries, keys and values: each block of rows has its own input.
@@ -170,9 +176,9 @@ class _Tracker:
                 raise ValueError(
                     f"{self.target.key}: its rows see different inputs: there is no Gram matrix; exclude it."
                 )
-            block, squares = squares, squares.new_zeros(weight.shape)
-            squares.narrow(1 - axis, first, used.shape[1]).copy_(block)
-        self._add(squares, len(x) if first == 0 else 0)
+            block, moments = moments, moments.new_zeros(3, *weight.shape)
+            moments.narrow(2 - axis, first, used.shape[1]).copy_(block)
+        self._add(moments, len(x) if first == 0 else 0)
         if "gram" in self.wanted:
             self._add_gram(x.double().mH @ x.double() if not x.is_complex() else x.mH @ x)
 
@@ -195,13 +201,13 @@ class _Tracker:
             )
         )
         axes = [0, *range(2, x.dim())]
-        squares = torch.stack([v.abs().square().sum(axes, dtype=torch.float64) for v in views], dim=1)
+        moments = torch.stack([_moments(v, axes) for v in views], dim=2)
         if transposed:
-            squares = squares.view(channels, 1, *kernel)
+            moments = moments.view(3, channels, 1, *kernel)
         else:
-            squares = squares.view(groups, channels // groups, *kernel)
-            squares = squares.repeat_interleave(len(weight) // groups, dim=0) if groups > 1 else squares
-        self._add(squares, result.numel() // result.shape[1])
+            moments = moments.view(3, groups, channels // groups, *kernel)
+            moments = moments.repeat_interleave(len(weight) // groups, dim=1) if groups > 1 else moments
+        self._add(moments, result.numel() // result.shape[1])
         if "gram" in self.wanted:
             for sample in range(len(x)):  # the unfolded input is large
                 rows = torch.stack([v[sample].flatten(1) for v in views], dim=1).double()  # [C, K, L]
@@ -219,7 +225,7 @@ class _Tracker:
         out = first_tensor(output)
         if out is not None and "output_range" in self.wanted:
             self._widen("output_range", out)
-        if x is not None and self.wanted & {"input_norm", "gram"} and _is_spectral(self.target):
+        if x is not None and self.wanted & _FACTORS and _is_spectral(self.target):
             self._spectral(module, self._finite(x))
 
     def differentiated(self, gradient: Tensor | None) -> None:
@@ -232,7 +238,7 @@ class _Tracker:
         """The results; an error if the layer was never used."""
         wanted, hooked = self.wanted, self.wanted & {"input_range", "output_range", "histogram"}
         missing = [
-            *(["input_norm", "gram"] if wanted & {"input_norm", "gram"} and self.squares is None else []),
+            *(_FACTORS if self.moments is None else []),
             *(hooked if not self.called else []),
             *(["gradient"] if "gradient" in wanted and self.gradient is None else []),
         ]
@@ -243,7 +249,8 @@ class _Tracker:
                 "be measured: exclude it, or give data that reaches it."
             )
         return Stats(
-            input_norm=_root(self.squares) if "input_norm" in wanted else None,
+            input_norm=self._norm() if "input_norm" in wanted else None,
+            input_mean=self._mean() if "input_mean" in wanted else None,
             gram=self.gram if "gram" in wanted else None,
             input_range=self.range["input_range"] if "input_range" in wanted else None,
             output_range=self.range["output_range"] if "output_range" in wanted else None,
@@ -262,13 +269,24 @@ class _Tracker:
         stored = weight.shape[1:] if axes.in_ is None else weight.shape[2:]
         real = not layer.complex_data
         used, kept = spectrum(x, stored, layer.n_modes, layer.max_n_modes, real=real, norm=layer.fft_norm)
-        squares = torch.zeros(x.shape[1], *stored, dtype=torch.float64, device=x.device)
-        squares[(slice(None), *kept)] = used.abs().square().sum(0, dtype=torch.float64)
-        self._add(squares if axes.in_ is None else squares.unsqueeze(1), len(x))
+        inside = _moments(used, [0])
+        moments = inside.new_zeros(3, x.shape[1], *stored)
+        moments[(slice(None), slice(None), *kept)] = inside
+        self._add(moments if axes.in_ is None else moments.unsqueeze(2), len(x))
 
-    def _add(self, squares: Tensor, rows: int) -> None:
-        self.squares = squares if self.squares is None else self.squares + squares
+    def _add(self, moments: Tensor, rows: int) -> None:
+        self.moments = moments if self.moments is None else self.moments + moments
         self.rows += rows
+
+    def _norm(self) -> Tensor | None:
+        return None if self.moments is None else self.moments[0].real.sqrt().float()
+
+    def _mean(self) -> Tensor | None:
+        if self.moments is None:
+            return None
+        _, sums, terms = self.moments
+        mean: Tensor = sums / terms.real.clamp_min(1)  # rows of an attention weight that were never used have 0 / 0
+        return mean.to(torch.complex64 if mean.is_complex() else torch.float32)
 
     def _add_gram(self, gram: Tensor) -> None:
         self.gram = gram if self.gram is None else self.gram.add_(gram)
@@ -302,8 +320,11 @@ def _contracted(weight: Tensor, used: Tensor, prefer: int | None) -> int | None:
     return None
 
 
-def _root(squares: Tensor | None) -> Tensor | None:
-    return None if squares is None else squares.sqrt().float()
+def _moments(x: Tensor, axes: list[int]) -> Tensor:
+    """Sums of ``|x|^2``, x and 1 over axes, in double precision, stacked."""
+    sums = x.sum(axes, dtype=torch.complex128 if x.is_complex() else torch.float64)
+    squares = x.abs().square().sum(axes, dtype=torch.float64).to(sums.dtype)
+    return torch.stack([squares, sums, torch.full_like(sums, math.prod(x.shape[a] for a in axes))])
 
 
 def _is_spectral(target: Target) -> bool:
@@ -323,7 +344,7 @@ def _observe(model: nn.Module, trackers: Sequence[_Tracker], calibration: Calibr
         for inputs in calibration.batches(model):
             for tracker in trackers:
                 tracker.count += sample_count(inputs)
-            with products if trackers and trackers[0].wanted & {"input_norm", "gram"} else nullcontext():
+            with products if trackers and trackers[0].wanted & _FACTORS else nullcontext():
                 call(model, inputs)
 
 
