@@ -13,6 +13,7 @@ from lightning_compress.finalize import finalize
 from lightning_compress.fusion import FuseBatchNorm
 from lightning_compress.metrics import OutputErrorRate, RelativeL2Error
 from lightning_compress.pruning.sparsify import Prune
+from lightning_compress.quantization import Log2, MiniFloat, PerChannel, PerGroup, PerTensor, Quantize
 from lightning_compress.targets import Axes, find, register
 from lightning_compress.transform import NothingChangedError, Transform
 
@@ -22,9 +23,15 @@ __all__ = [
     "Code",
     "CompressionMonitor",
     "FuseBatchNorm",
+    "Log2",
+    "MiniFloat",
     "NothingChangedError",
     "OutputErrorRate",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
     "Prune",
+    "Quantize",
     "RelativeL2Error",
     "ScheduledPruning",
     "Transform",

@@ -1,4 +1,4 @@
-"""The command line: ``lightning-compress prune | inspect | benchmark``.
+"""The command line: ``lightning-compress prune | quantize | inspect | benchmark``.
 
 A verb is a pair: a function that adds its options to a parser, and one that does the work. The options of a method
 are read from its transform, so they are written once. Input that cannot be used ends in one line on stderr and exit
@@ -15,8 +15,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from torch import Tensor, nn
@@ -29,10 +30,13 @@ from lightning_compress.compress import compress
 from lightning_compress.container import replacing
 from lightning_compress.fusion import FuseBatchNorm
 from lightning_compress.pruning.sparsify import Prune
+from lightning_compress.quantization.quantize import Quantize
+from lightning_compress.stats.calibration import SAMPLERS
 from lightning_compress.stats.running import call, evaluating
 from lightning_compress.tables import text
 from lightning_compress.transform import Transform
 
+T = TypeVar("T", bound=Transform)
 _OPTION = re.compile(r"(?<=^--)\w[\w-]*")
 
 
@@ -73,12 +77,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prune(options: Namespace) -> None:
+    _compress(options, [_transform(Prune, options), *([FuseBatchNorm()] if options.fuse else [])])
+
+
+def _quantize(options: Namespace) -> None:
+    _compress(options, [*([FuseBatchNorm()] if options.fuse else []), _transform(Quantize, options)])
+
+
+def _compress(options: Namespace, steps: Sequence[Transform]) -> None:
+    """Compress a trained network and write what came out."""
     files = [_writable(path, options.force) for path in (options.output, options.state_dict) if path]
     if len(files) > len(set(files)):
         raise InputError(f"--output and --state_dict are both {options.output}: give two names.")
-    steps = [_transform(Prune, options), *([FuseBatchNorm()] if options.fuse else [])]
     network = _trained(options, options.checkpoint)
-    result = compress(network, steps, example_input=_example(network, options.example_shape))
+    example = _example(network, options.example_shape)
+    result = compress(network, steps, example_input=example, data=_inputs(options.data))
     info = archive.save(result.model, files[0])
     if options.state_dict:
         with replacing(files[1]) as file:
@@ -108,11 +121,29 @@ def _writable(path: str, force: bool) -> Path:
     return file
 
 
-def _transform(kind: type[Prune], options: Namespace) -> Prune:
+def _transform(kind: type[T], options: Namespace) -> T:
     """A transform from the options that `_transform_options` added."""
-    values = {field.name: options[field.name] for field in dataclasses.fields(kind)}
+    values = {field.name: options[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     with _from_here():  # the criterion may be a function there
         return kind(**values)
+
+
+def _inputs(name: str | None) -> Any:
+    """Calibration inputs: a sampler name, the array in a file, or what a function of the user returns."""
+    if name is None or name in SAMPLERS:
+        return name
+    if ":" in name:
+        with _from_here():
+            return _import(name)()
+    if not Path(name).is_file():
+        raise InputError(
+            f"--data {name} is no file; allowed are an .npy file of inputs, package.module:callable that returns "
+            f"batches or a loader, and {', '.join(SAMPLERS)}."
+        )
+    try:
+        return torch.from_numpy(np.load(name, allow_pickle=False))
+    except (ValueError, TypeError, EOFError) as error:
+        raise InputError(f"--data {name} does not hold one numeric array (.npy): {error}") from error
 
 
 def _trained(options: Namespace, checkpoint: str | None) -> nn.Module:
@@ -198,25 +229,41 @@ def _network_options(parser: ArgumentParser, *, shape_required: bool) -> None:
     parser.add_argument("--example_shape", type=int, nargs="+", required=shape_required, help=what)
 
 
+_TEXTS = {  # options that may be a name, though the transform also takes an object
+    "criterion": "magnitude, random, or package.module:function",
+    "format": "int, log2, e4m3, e5m2, e3m4, e2m1, fp16 or bf16",
+    "granularity": "per_channel, per_tensor or per_group:SIZE",
+}
+
+
 def _transform_options(parser: ArgumentParser, kind: type[Transform]) -> None:
     """The fields of a transform as options, with their types, defaults and descriptions."""
-    parser.add_class_arguments(kind, as_group=False, skip={"criterion", "include", "exclude"})
-    parser.add_argument(
-        "--criterion", default="magnitude", help="magnitude, random, or package.module:function"
-    )
+    parser.add_class_arguments(kind, as_group=False, skip={*_TEXTS, "include", "exclude"})
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.name in _TEXTS:
+            default = field.default if isinstance(field.default, str) else "per_channel"
+            parser.add_argument(f"--{field.name}", default=default, help=_TEXTS[field.name])
     parser.add_argument("--include", nargs="+", default="*", help="patterns of layer names to take")
     parser.add_argument("--exclude", nargs="+", default=(), help="patterns of layer names to leave")
 
 
-def _prune_options(parser: ArgumentParser) -> None:
+def _compress_options(parser: ArgumentParser, kind: type[Transform], fuse: str) -> None:
     _network_options(parser, shape_required=False)
-    _transform_options(parser, Prune)
-    parser.add_argument(
-        "--fuse", action="store_true", help="fold BatchNorm into the layer before it, after pruning"
-    )
+    _transform_options(parser, kind)
+    data = f"calibration inputs: an .npy file, package.module:callable, or {', '.join(SAMPLERS)}"
+    parser.add_argument("--data", help=f"{data}; drawn to fit the network if left out")
+    parser.add_argument("--fuse", action="store_true", help=f"fold BatchNorm into the layer before it, {fuse}")
     parser.add_argument("--output", required=True, help="archive to write, e.g. net.lcz")
     parser.add_argument("--state_dict", help="also write the plain state dict, to use without this library")
     parser.add_argument("--force", action="store_true", help="replace files that exist")
+
+
+def _prune_options(parser: ArgumentParser) -> None:
+    _compress_options(parser, Prune, "after pruning")
+
+
+def _quantize_options(parser: ArgumentParser) -> None:
+    _compress_options(parser, Quantize, "before quantizing")
 
 
 def _inspect_options(parser: ArgumentParser) -> None:
@@ -232,6 +279,7 @@ def _benchmark_options(parser: ArgumentParser) -> None:
 
 _VERBS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Namespace], None]]] = {
     "prune": ("zero weights of a trained network and write an .lcz archive", _prune_options, _prune),
+    "quantize": ("put a trained network on few bits and write an .lcz archive", _quantize_options, _quantize),
     "inspect": ("check an .lcz archive and show what it holds", _inspect_options, _inspect),
     "benchmark": ("time a network and measure its memory", _benchmark_options, _benchmark),
 }

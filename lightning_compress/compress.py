@@ -237,7 +237,7 @@ def compress(
             )
     check_order(todo, model)
     _check_finite(model)
-    calibration = Calibration(example_input=example_input, data=data, seed=seed)
+    calibration = Calibration(example_input=example_input, data=data, seed=seed, origin=model)
     before = cost(model, example_input)
     start = _digests(model)
     work = copy.deepcopy(model)

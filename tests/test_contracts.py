@@ -35,7 +35,17 @@ def prune(**options: Any) -> Case:
     return Case(levels, lc.Prune(0.0, **options), options)
 
 
+def quantize(**options: Any) -> Case:
+    return Case(tuple(lc.Quantize(bits, **options) for bits in (8, 4, 2)), None, options)
+
+
 CASES = [
+    quantize(),
+    quantize(symmetric=False, granularity="per_group:3"),
+    quantize(activation_bits=8),
+    quantize(activation_bits=8, mode="dynamic", format="log2"),
+    quantize(rounding="compensated", bias_correction=True, granularity="per_tensor"),
+    Case((lc.Quantize(format="e4m3", include=["*", "embedding"]),)),
     prune(),
     prune(criterion="random", scope="layer"),
     prune(scope="row"),

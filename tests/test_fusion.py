@@ -30,7 +30,7 @@ from lightning_compress.models import resnet20
 from lightning_compress.plans import Plan
 from lightning_compress.pruning.sparsify import Prune
 from lightning_compress.stats import Calibration
-from lightning_compress.transform import NothingChangedError, OrderError, Step, applied, replay
+from lightning_compress.transform import NothingChangedError, Step, applied, replay
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -636,10 +636,10 @@ class Rounded(codes.Code):
         return weight.numel()
 
 
-def test_fusing_after_quantizing_is_refused() -> None:
+def test_fusing_into_a_grid_that_cannot_take_the_factors_in_is_refused() -> None:
     model = trained(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)))
     codes.attach(model[0], "weight", Rounded())
-    with pytest.raises(OrderError, match="put FuseBatchNorm before Quantize"):
+    with pytest.raises(NothingChangedError, match="put FuseBatchNorm before Quantize"):
         fuse(model)
 
 

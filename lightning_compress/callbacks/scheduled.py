@@ -158,6 +158,13 @@ class ScheduledCallback(CompressionCallback):
 
     def _resolve(self, trainer: Trainer) -> tuple[int, int]:
         """(begin, end) in optimizer steps; the end value is trained with for at least one step."""
+        begin, end = (
+            self._in_steps(trainer, value, name) for value, name in ((self.begin, "begin"), (self.end, "end"))
+        )
+        return self._within(trainer, begin, end)
+
+    def _length(self, trainer: Trainer) -> tuple[float, int]:
+        """Optimizer steps of the whole training (may be infinite), and of one epoch."""
         total = float(trainer.estimated_stepping_batches)
         automatic = trainer.lightning_module.automatic_optimization
         if not automatic and trainer.max_steps != -1:
@@ -167,8 +174,16 @@ class ScheduledCallback(CompressionCallback):
         per_epoch = math.ceil(
             trainer.num_training_batches / (trainer.accumulate_grad_batches if automatic else 1)
         )
-        begin = to_steps(self.begin, self.unit, total=total, per_epoch=per_epoch, name="begin")
-        end = to_steps(self.end, self.unit, total=total, per_epoch=per_epoch, name="end")
+        return total, per_epoch
+
+    def _in_steps(self, trainer: Trainer, value: float, name: str) -> int:
+        """A point of an option, in optimizer steps."""
+        total, per_epoch = self._length(trainer)
+        return to_steps(value, self.unit, total=total, per_epoch=per_epoch, name=name)
+
+    def _within(self, trainer: Trainer, begin: int, end: int) -> tuple[int, int]:
+        """The two points, no later than one step before training ends."""
+        total, _ = self._length(trainer)
         end = end if math.isinf(total) else min(end, max(int(total) - 1, 0))
         return min(begin, end), end
 

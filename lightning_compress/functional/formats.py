@@ -185,8 +185,8 @@ def minifloat_round(x: Tensor, exponent: int, mantissa: int) -> Tensor:
 
     Source: Micikevicius et al. 2022, FP8 Formats for Deep Learning.
     """
-    significand, ulp_exponent = _significand(x, exponent, mantissa)
-    return significand.mul_(power_of_two(ulp_exponent))
+    significand, octave = _significand(x, exponent, mantissa)
+    return significand.mul_(2.0**-mantissa).mul_(octave)
 
 
 def minifloat_quantize(x: Tensor, exponent: int, mantissa: int) -> Tensor:
@@ -211,10 +211,10 @@ def minifloat_quantize(x: Tensor, exponent: int, mantissa: int) -> Tensor:
         raise ValueError(
             f"minifloat: {int(x.isnan().sum())} of {x.numel()} values are NaN, which has no code."
         )
-    significand, ulp_exponent = _significand(x, exponent, mantissa)
+    significand, octave = _significand(x, exponent, mantissa)
     # Counting codes from zero, an octave is 2^M codes; the implicit bit and a carry add up by themselves.
-    octave = ulp_exponent + mantissa + minifloat_range(exponent, mantissa).bias - 1
-    magnitude = (octave << mantissa) + significand.abs().to(torch.int32)
+    place = (octave.view(torch.int32) >> _MANTISSA) - (_BIAS + 1) + minifloat_range(exponent, mantissa).bias
+    magnitude = (place << mantissa) + significand.abs().to(torch.int32)
     return magnitude | (significand.signbit().to(torch.int32) << (exponent + mantissa))
 
 
@@ -246,20 +246,21 @@ def minifloat_dequantize(codes: Tensor, exponent: int, mantissa: int) -> Tensor:
             f"minifloat e{exponent}m{mantissa}: a code is outside 0..{2 ** (1 + exponent + mantissa) - 1} "
             f"or stands for NaN or infinity; codes come from minifloat_quantize."
         )
-    octave = ((magnitude >> mantissa) - 1).clamp_(min=0)
-    significand = (magnitude - (octave << mantissa)).to(torch.float32)
-    values = significand.mul_(power_of_two(octave + (1 - limits.bias - mantissa)))
+    place = ((magnitude >> mantissa) - 1).clamp_(min=0)
+    significand = (magnitude - (place << mantissa)).to(torch.float32)
+    values = significand.mul_(2.0**-mantissa).mul_(power_of_two(place + (1 - limits.bias)))
     return torch.where(sign != 0, -values, values)
 
 
 def _significand(x: Tensor, exponent: int, mantissa: int) -> tuple[Tensor, Tensor]:
-    """Rounded x / ulp (an integer, at most 2^(M+1)) and log2 of the ulp."""
+    """Rounded x / ulp, an integer of at most 2^(M+1), and the octave 2^M ulp, a normal float32 power of two."""
     limits = minifloat_range(exponent, mantissa)
     x = x.detach().to(torch.float32).clamp(-limits.max, limits.max)
-    # Subnormals of float32 have field 0, below every format's smallest exponent: the clamp covers them.
-    field = (x.view(torch.int32) >> _MANTISSA) & 0xFF
-    ulp_exponent = (field - _BIAS).clamp_(min=1 - limits.bias) - mantissa
-    return x.div_(power_of_two(ulp_exponent)).round_(), ulp_exponent
+    # An exponent field with no fraction is a power of two. Subnormals of float32 have field 0: the clamp, at
+    # the format's smallest exponent, covers them.
+    field = x.view(torch.int32) & (0xFF << _MANTISSA)
+    octave = field.clamp_(min=(_BIAS + 1 - limits.bias) << _MANTISSA).view(torch.float32)
+    return x.div_(octave).mul_(2.0**mantissa).round_(), octave
 
 
 def _check_bits(bits: int) -> None:

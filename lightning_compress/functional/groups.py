@@ -44,6 +44,35 @@ class PerGroup:
 Granularity = PerTensor | PerChannel | PerGroup
 
 
+def granularity_of(given: Granularity | str) -> Granularity:
+    """The granularity that a name means.
+
+    Args:
+        given: a granularity, "per_tensor", "per_channel" or "per_group:SIZE".
+
+    Returns:
+        The granularity.
+
+    Raises:
+        ValueError: another name.
+
+    Examples:
+        >>> granularity_of("per_group:32")
+        PerGroup(size=32)
+    """
+    if not isinstance(given, str):
+        return given
+    if given in ("per_tensor", "per_channel"):
+        return PerTensor() if given == "per_tensor" else PerChannel()
+    kind, _, size = given.partition(":")
+    if kind == "per_group" and size.isdecimal():
+        return PerGroup(int(size))
+    raise ValueError(
+        f"granularity={given!r} is unknown; allowed: per_tensor, per_channel, per_group:SIZE, or PerTensor(), "
+        "PerChannel(axis), PerGroup(size)."
+    )
+
+
 @dataclass(frozen=True)
 class Groups:
     """The groups of one tensor shape: ``x`` <-> rows ``[G, n]`` of entries that share a scale.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import codes
+from lightning_compress.targets import parameter
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -132,15 +133,45 @@ def fold_into(layer: nn.Module, norm: nn.Module, place: str, eps: float) -> None
         place: "after" or "before": where BatchNorm stands.
         eps: of the BatchNorm.
     """
-    weight, bias = layer.get_parameter("weight"), layer._parameters["bias"]
+    weight, bias = parameter(layer, "weight"), layer._parameters["bias"]
     values = fold_tensors(layer, weight, bias, tensors_of(norm), place, eps)
+    grid = rescaled(layer, norm, place, eps)
     with torch.no_grad():
-        weight.copy_(values[0])
+        weight.copy_(values[0] if grid is None else grid[0])
         if bias is None:
             layer.register_parameter("bias", nn.Parameter(values[1], requires_grad=weight.requires_grad))
         else:
             bias.copy_(values[1])
+    if grid is not None:
+        codes.attach(layer, "weight", grid[1])
     for param in ("weight", "bias"):
         code = codes.read(layer, param)
-        if code is not None and not code.matches(layer.get_parameter(param)):
+        if code is not None and not code.matches(parameter(layer, param)):
             codes.remove(layer, param)  # the mask of a pruned bias, say: its zeros are gone
+
+
+def on_grid(layer: nn.Module) -> codes.Code | None:
+    """The code of a weight that lies on a grid, unless it is stale."""
+    code = codes.read(layer, "weight")
+    fits = code is not None and code.stage == "grid" and code.matches(parameter(layer, "weight"))
+    return code if fits else None
+
+
+def rescaled(layer: nn.Module, norm: nn.Module, place: str, eps: float) -> tuple[Tensor, codes.Code] | None:
+    """A weight on a grid and its code with BatchNorm's factors taken into the scales.
+
+    Args:
+        layer: a linear or convolution layer.
+        norm: the BatchNorm beside it.
+        place: "after" or "before": where BatchNorm stands.
+        eps: of the BatchNorm.
+
+    Returns:
+        New weight and code; None if the weight lies on no grid, or on one that cannot take the factors in.
+    """
+    code, transposed = on_grid(layer), isinstance(layer, TRANSPOSED)
+    if code is None or (int(getattr(layer, "groups", 1)) > 1 and (place == "before" or transposed)):
+        return None
+    axis = 0 if (place == "after") != transposed else 1
+    scale, _ = affine(tensors_of(norm), eps)
+    return code.scaled(parameter(layer, "weight"), scale, axis)

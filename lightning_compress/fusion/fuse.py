@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,8 +20,11 @@ from lightning_compress.fusion.fold import (
     channels,
     fold_into,
     fold_tensors,
+    on_grid,
+    rescaled,
     tensors_of,
 )
+from lightning_compress.finalize import plain_class
 from lightning_compress.names import clean, matches
 from lightning_compress.plans import Plan
 from lightning_compress.stats import Calibration
@@ -40,7 +43,8 @@ class FuseBatchNorm(Transform):
     ``W' = W * gamma / sigma`` on the output axis and ``b' = beta + (b - mu) * gamma / sigma``, with
     ``sigma = sqrt(var + eps)`` from the running statistics; without affine parameters gamma = 1, beta = 0. The
     layer keeps its weight Parameter and gets a bias if it had none; the BatchNorm becomes ``nn.Identity``.
-    Zeros of a pruned weight stay zeros and its mask stays attached.
+    Zeros of a pruned weight stay zeros and its mask stays attached; a quantized weight keeps its integers, and their
+    scales take the factors in.
 
     A BatchNorm goes into the layer before it, whose output must be exactly and only its input; otherwise into
     the linear or convolution layer after it that alone reads its output, unless that one pads. With an
@@ -74,9 +78,6 @@ class FuseBatchNorm(Transform):
 
     structural: ClassVar[bool] = True
     stage: ClassVar[str] = "fusion"
-    refuses_after: ClassVar[Mapping[str, str]] = {
-        "grid": "put FuseBatchNorm before Quantize (the scales would no longer be the calibrated ones)"
-    }
 
     def plan(self, model: nn.Module, data: Calibration | None = None) -> Plan:
         """Find the pairs; everything runs on copies of the model.
@@ -103,6 +104,8 @@ class FuseBatchNorm(Transform):
             return Plan(*self._pairs(probe, seen))
         watch = Watch(probe)
         before = output(probe, x, watch)
+        if any(plain_class(m) is not type(m) for m in model.modules()):
+            before = output(_bare(copy.deepcopy(model)), x)
         pairs, skipped = self._pairs(probe, watch.seen)
         failed = self._failing(model, pairs, x, before) if self.check else {}
         pairs = {name: pair for name, pair in pairs.items() if name not in failed}
@@ -155,7 +158,7 @@ class FuseBatchNorm(Transform):
         probe = copy.deepcopy(model)
         self.apply(probe, Plan(pairs))
         try:
-            gap = _difference(before, output(probe, x))
+            gap = _difference(before, output(_bare(probe), x))
         except Exception as error:  # the user's forward may look at what BatchNorm had, and fail in any way
             return f"the model fails: {error!r}"
         return None if gap <= _TOLERANCE else f"outputs change by {gap:.1e} (allowed is {_TOLERANCE:.0e})"
@@ -200,9 +203,9 @@ class FuseBatchNorm(Transform):
 
 def _unfit(layer: nn.Module, seen: Connections) -> str | None:
     """Why a layer cannot take part, whatever its partner."""
-    kind, base = type(layer), next(c for c in (*LAYERS, *NORMS) if isinstance(layer, c))
+    kind, base = plain_class(layer), next(c for c in (*LAYERS, *NORMS) if isinstance(layer, c))
     inherited = (getattr(kind, f, None) is getattr(base, f, None) for f in ("forward", "_conv_forward"))
-    if hasattr(kind, "weight"):
+    if hasattr(type(layer), "weight"):
         return "its weight is computed on the way: by a torch parametrization or by fake quantization"
     if "forward" in vars(layer) or not all(inherited):
         return f"{kind.__name__} has a forward of its own"
@@ -233,6 +236,11 @@ def _refusal(
         return why
     if any(len(seen.users[module]) > 1 for module in chain):
         return "the tensor between them is also used, or changed in place, elsewhere"
+    slot = "output_quantizer" if place == "after" else "input_quantizer"
+    if plain_class(layer) is not type(layer) and slot in layer._modules:
+        return f"its {slot.partition('_')[0]} is quantized, between it and BatchNorm"
+    if on_grid(layer) is not None and rescaled(layer, norm, place, norm.eps) is None:
+        return "its weight lies on a grid that cannot take the factors in: put FuseBatchNorm before Quantize"
     if id(layer) in tied:
         return "its weight or bias is shared with another layer"
     if layer.weight.is_complex():
@@ -264,6 +272,13 @@ def _tied(model: nn.Module) -> set[int]:
             if parameter is not None:
                 holders.setdefault(id(parameter), set()).add(id(module))
     return {module for modules in holders.values() if len(modules) > 1 for module in modules}
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model without quantizers of activations: a change of 1e-7 could flip a rounding, and so look like harm."""
+    for module in model.modules():
+        module.__class__ = plain_class(module)
+    return model
 
 
 def _difference(before: Any, after: Any) -> float:

@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lightning_compress import codes
-from lightning_compress.finalize import StandIn
+from lightning_compress.finalize import StandIn, plain_class
 from lightning_compress.plans import Plan
 from lightning_compress.quantization.quantizers import InputQuantizer, Quantizer
 from lightning_compress.transform import Coverage, Step, record
@@ -73,11 +73,6 @@ def output_quantizer(layer: nn.Module) -> Quantizer | None:
 def weight_quantizer(holder: nn.Module, param: str) -> Quantizer | None:
     """The quantizer of a weight, or None."""
     return cast("Quantizer | None", holder._modules[_slot(param)] if param in _params(holder) else None)
-
-
-def plain_class(layer: nn.Module) -> type[nn.Module]:
-    """The class that the user gave a layer."""
-    return cast("type[nn.Module]", getattr(type(layer), "_plain_class", type(layer)))
 
 
 def release(layer: nn.Module) -> None:
@@ -184,14 +179,16 @@ def _plain(self: nn.Module) -> nn.Module:
         quantizer = cast(Any, weight_quantizer(self, param))
         weight = self._parameters[param]
         assert weight is not None
-        code = quantizer.code(weight)
+        if not quantizer.active:
+            continue
+        # Tied weights share their quantizer. The code is that of the float weight, which the first layer overwrites.
+        code = quantizer.final = vars(quantizer).get("final") or quantizer.code(weight)
         weight.data.copy_(code.project(weight.detach()))
         codes.attach(self, param, code)
-    kept = {
-        name: cast(Quantizer, self._modules[name]).frozen()
-        for name in (_INPUT, _OUTPUT)
-        if _calls(self) and self._modules.get(name) is not None
+    found = {
+        name: cast(Any, self._modules.get(name)) for name in (_INPUT, _OUTPUT) if _calls(self)
     }
+    kept = {name: q.frozen() for name, q in found.items() if q is not None and q.active}
     release(self)
     for name, quantizer in kept.items():
         quantize_input(self, quantizer, output=name == _OUTPUT)

@@ -1,10 +1,10 @@
-"""Quantizers: small modules that round a tensor to a grid; they hold the grid's scale and leave no trace in a state dict."""
+"""Quantizers: small modules that round a tensor to a grid; its scale is theirs and leaves no trace in a state dict."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,14 @@ class Quantizer(nn.Module):
         super().__init__()
         self.bits = bits
 
+    @property
+    def active(self) -> bool:
+        """Whether values are rounded now, in eval mode; if not, they pass through."""
+        return True
+
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """The nearest values on the grid, with a gradient that training can use."""
-
-    @abstractmethod
-    def frozen(self) -> InputQuantizer:
-        """A quantizer of inputs with the present grid, for use after training."""
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
@@ -57,11 +58,80 @@ class Quantizer(nn.Module):
         for name, value in own.items():
             value.copy_(tensors[name])
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves with the model, but its tensors keep their dtype: a grid of half precision would miss its integers."""
+        dtypes = {name: value.dtype for name, value in self.tensors().items()}
+        before = {name: value.detach() for name, value in self.tensors().items()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in self.tensors().items():
+            if value.dtype != dtypes[name]:
+                value.data = before[name].to(value.device)
+        return self
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Nothing: see the class."""
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
         """Nothing is missed."""
+
+
+class TrainingQuantizer(Quantizer):
+    """A quantizer whose grid training sets.
+
+    Bits and flags are attributes, not tensors: nothing averages, casts or broadcasts them.
+
+    Args:
+        bits: 1 to 16.
+
+    Attributes:
+        enabled: whether it rounds; off, values pass through.
+        initialized: whether its tensors were set from what it saw.
+        learning: whether an observer still follows what it sees.
+        signed: whether there are negative integers.
+    """
+
+    flags: ClassVar[tuple[str, ...]] = ("enabled", "initialized", "learning", "signed")
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits)
+        self.enabled, self.initialized, self.learning, self.signed = True, False, True, False
+
+    @property
+    def active(self) -> bool:
+        """Whether values are rounded now, in eval mode."""
+        return self.enabled and self.initialized
+
+    def set_bits(self, bits: int) -> None:
+        """Another grid; what is learned of the range stays.
+
+        Args:
+            bits: 1 to 16 for weights, 2 to 16 for activations.
+        """
+        self.bits = bits
+
+    def state(self) -> dict[str, Any]:
+        """Tensors (copies on the CPU), bits and flags, enough for ``restore``."""
+        tensors = {name: value.detach().cpu().clone() for name, value in self.tensors().items()}
+        flags = {name: bool(getattr(self, name)) for name in self.flags}
+        return {"tensors": tensors, "bits": self.bits, "flags": flags}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Inverse of ``state``.
+
+        Args:
+            state: what ``state`` gave.
+
+        Raises:
+            ValueError: tensors of other names or shapes.
+        """
+        self.set_bits(int(state["bits"]))
+        self.load(state["tensors"])
+        for name in self.flags:
+            setattr(self, name, bool(state["flags"][name]))
+
+    def extra_repr(self) -> str:
+        """Bits and what it is at."""
+        return ", ".join(f"{name}={getattr(self, name)}" for name in ("bits", *self.flags))
 
 
 class InputQuantizer(Quantizer):
@@ -155,5 +225,7 @@ class InputQuantizer(Quantizer):
 
     def extra_repr(self) -> str:
         """Bits, integers and scale."""
-        how = "dynamic" if self.dynamic else f"scale={float(self.scale):.3g}, zero_point={int(self.zero_point)}"
+        how = (
+            "dynamic" if self.dynamic else f"scale={float(self.scale):.3g}, zero_point={int(self.zero_point)}"
+        )
         return f"bits={self.bits}, {self.qmin}..{self.qmax}, {how}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_compress.functional import sampling
 from lightning_compress.stats.running import device_of, first_tensor, move
+from lightning_compress.stats.synthesis import can_match, match_batchnorm
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,19 @@ class Calibration:
         example_input: one input (tensor, tuple of arguments or dict of keyword arguments) that gives shape
             and dtype.
         data: an iterable of batches or a DataLoader (a batch is a tensor, ``(inputs, labels, ...)`` or a
-            dict), one tensor or dict as the only batch, a sampler name ("normal", "grf"), or a function
-            ``f(n, generator) -> batch``. None draws random inputs shaped like ``example_input``: fields
-            ("grf") for models with spectral weights, otherwise "normal".
+            dict), one tensor or dict as the only batch, a sampler name ("normal", "grf", "batchnorm"), or a
+            function ``f(n, generator) -> batch``. None makes inputs shaped like ``example_input``: fields
+            ("grf") for models with spectral weights, "batchnorm" for models with BatchNorm statistics and one
+            real tensor [N, C, ...] as input, otherwise "normal".
         samples: at most so many samples are used.
         seed: seed of drawn and shuffled inputs; the global random state is untouched.
+        origin: the model as it was before any method, for the sampler "batchnorm": the present one may have
+            lost its BatchNorm. None takes the present one.
 
     "normal" draws N(0, 1). "grf" draws Gaussian random fields with the mean and variance of every channel of
     ``example_input``; a channel of two values becomes a thresholded field with the same share of either.
+    "batchnorm" optimizes inputs until the BatchNorm layers see the statistics they have stored
+    (``stats.match_batchnorm``): it takes from seconds to minutes, once for each seed.
     Integer inputs are drawn from the entries of the example.
 
     Raises:
@@ -47,10 +53,15 @@ class Calibration:
     data: Any = None
     samples: int = 256
     seed: int = 0
+    origin: nn.Module | None = field(default=None, compare=False, repr=False)
+    # Shape and seed -> the model and what was made from it; copies by `dataclasses.replace` share it.
+    _made: dict[Any, tuple[nn.Module, Tensor]] = field(
+        default_factory=dict, compare=False, repr=False, kw_only=True
+    )
 
     def __post_init__(self) -> None:
-        if isinstance(self.data, str) and self.data not in _SAMPLERS:
-            names = ", ".join(map(repr, _SAMPLERS))
+        if isinstance(self.data, str) and self.data not in (*SAMPLERS, _MATCHED):
+            names = ", ".join(map(repr, (*SAMPLERS, _MATCHED)))
             raise ValueError(f"data={self.data!r} is no sampler; allowed names: {names}, or give batches.")
         if self.samples < 1:
             raise ValueError(f"samples={self.samples}: at least 1 is needed.")
@@ -96,7 +107,7 @@ class Calibration:
             model: the model they are meant for.
 
         Returns:
-            ``"synthetic:normal n=256 seed=0"`` or ``"data n=256"`` (``"data n<=256"`` if the number of
+            ``"synthetic:batchnorm n=256 seed=0"`` or ``"data n=256"`` (``"data n<=256"`` if the number of
             samples is not known beforehand).
         """
         sampler = self._sampler(model)
@@ -111,12 +122,32 @@ class Calibration:
             return f"data n={sum(sample_count(b) for b in _limited(self._source(model), self.samples))}"
         return f"data n<={self.samples}"
 
+    @property
+    def available(self) -> bool:
+        """Whether there is anything to take or to draw inputs from."""
+        return self.example_input is not None or (self.data is not None and not isinstance(self.data, str))
+
+    def example(self, model: nn.Module) -> Any:
+        """One input: the given one, else the first batch of the data; None if there is neither.
+
+        Args:
+            model: the model it is meant for.
+
+        Returns:
+            What ``call`` takes.
+        """
+        if self.example_input is not None or not self.available:
+            return self.example_input
+        return next(iter(self.batches(model)))
+
     def _sampler(self, model: nn.Module) -> Any:
         """Name or function of the sampler; None for given data."""
         if isinstance(self.data, str):
             return self.data
         if self.data is None:
-            return "grf" if any(p.is_complex() for p in model.parameters()) else "normal"
+            if any(p.is_complex() for p in model.parameters()):
+                return "grf"
+            return _MATCHED if can_match(self._origin(model), self.example_input) else "normal"
         return self.data if callable(self.data) and not isinstance(self.data, Iterable) else None
 
     def _source(self, model: nn.Module) -> Iterable[Any]:
@@ -127,14 +158,29 @@ class Calibration:
             raise ValueError(
                 "calibration needs inputs: give data= (batches, a loader) or example_input= (to draw inputs)."
             )
+        if sampler == _MATCHED:
+            return map(_Inputs, self._match(self._origin(model)).split(_BATCH))
         generator = torch.Generator().manual_seed(self.seed)
         sizes = [min(_BATCH, self.samples - start) for start in range(0, self.samples, _BATCH)]
         if isinstance(sampler, str):
-            draw = _SAMPLERS[sampler]
+            draw = SAMPLERS[sampler]
             return (_Inputs(_like(self.example_input, n, draw, generator)) for n in sizes)
         return (sampler(n, generator) for n in sizes)
 
+    def _origin(self, model: nn.Module) -> nn.Module:
+        return model if self.origin is None else self.origin
 
+    def _match(self, model: nn.Module) -> Tensor:
+        """Inputs optimized for this model; made once, or again if more are needed."""
+        key = self.seed, getattr(self.example_input, "shape", ())[1:]
+        owner, made = self._made.get(key, (None, None))
+        if made is None or owner is not model or len(made) < self.samples:
+            made = match_batchnorm(model, self.example_input, self.samples, seed=self.seed)
+            self._made[key] = model, made
+        return made[: self.samples]
+
+
+_MATCHED = "batchnorm"
 _Draw = Callable[[Tensor, int, torch.Generator], Tensor]
 _BATCH = 32
 _LABELS = ("y", "label", "labels", "target", "targets")
@@ -255,4 +301,4 @@ def _draw_fields(example: Tensor, n: int, generator: torch.Generator) -> Tensor:
     return fields
 
 
-_SAMPLERS = {"normal": _draw_normal, "grf": _draw_fields}
+SAMPLERS = {"normal": _draw_normal, "grf": _draw_fields}

@@ -285,7 +285,9 @@ class _Tracker:
         if self.moments is None:
             return None
         _, sums, terms = self.moments
-        mean: Tensor = sums / terms.real.clamp_min(1)  # rows of an attention weight that were never used have 0 / 0
+        mean: Tensor = sums / terms.real.clamp_min(
+            1
+        )  # rows of an attention weight that were never used have 0 / 0
         return mean.to(torch.complex64 if mean.is_complex() else torch.float32)
 
     def _add_gram(self, gram: Tensor) -> None:

@@ -1,0 +1,603 @@
+"""Quantization-aware training: weights and activations are rounded on the way, checkpoints and keys stay plain."""
+
+from __future__ import annotations
+
+import io
+import math
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from lightning_compress.callbacks import averages
+from lightning_compress.callbacks.base import callbacks_of, logged_step
+from lightning_compress.callbacks.pruning import ScheduledPruning
+from lightning_compress.callbacks.scheduled import ScheduledCallback
+from lightning_compress.quantization import training
+from lightning_compress.quantization.learned import SMALLEST, ClippedInput, LearnedWeight
+from lightning_compress.quantization.observed import ObservedInput
+from lightning_compress.quantization.quantize import Quantize
+from lightning_compress.quantization.quantizers import TrainingQuantizer
+from lightning_compress.tables import listing, reasons
+from lightning_compress.targets import survey
+
+_POINTS = ("begin", "freeze_observer", "freeze_batchnorm")
+# Options of Quantize that describe what happens after training, and their value here.
+_AFTERWARDS = {
+    "mode": "static",
+    "rounding": "nearest",
+    "bias_correction": False,
+    "equalize": False,
+    "budget": None,
+}
+
+
+class QuantizationAwareTraining(ScheduledCallback):
+    r"""Train with the rounding that the compressed model will have.
+
+    Weights of the targets and inputs of their layers are rounded to their grid in every forward pass, with
+    straight-through gradients; the Parameters stay float, and so do checkpoints, which load without this library.
+    ``lightning_compress.finalize(module)`` gives the plain model with the rounded weights and the same outputs.
+
+    - method="fake_quant": weights by the calibrator at every pass, inputs by a running minimum and maximum
+    - method="lsq": steps of weights and inputs are learned
+    - method="pact": weights as in fake_quant, clips of the inputs are learned
+
+    Learned steps and clips are parameters of the module before ``configure_optimizers`` runs. They should not decay:
+    see ``lightning_compress.quantization.parameter_groups``. The callback stands before weight averaging in the list.
+
+    Args:
+        weight_bits: 1 to 16, or a mapping from layer name, pattern or kind to bits (see ``Quantize``).
+        activation_bits: 2 to 16, or a mapping; None rounds weights only.
+        method: "fake_quant", "lsq" or "pact".
+        transform: a ``Quantize`` in place of the three bit options and ``quantize_options``.
+        edge_layers_bits: bits of weight and input of the layers that run first and last (found by running
+            ``example_input_array``, else by parameter order); None: as the others.
+        bits_schedule: epoch -> bits of the weights of the other layers from then on. Inputs take them too, but never
+            fewer than ``activation_bits``.
+        begin: from when on values are rounded; observers learn before.
+        unit: "fraction" (of all optimizer steps), "step" or "epoch", of ``begin`` and the two freezing points.
+        observer_momentum: c in (0, 1] of ``m <- m + c (m_batch - m)``.
+        freeze_observer: from when on observers stay as they are; None: never.
+        freeze_batchnorm: from when on BatchNorm uses its running statistics and leaves them as they are; None: never.
+        pact_strength: lambda of ``lambda sum alpha^2``, whose gradient is added once per optimizer step.
+        protect_schedule: hold early stopping back until ``begin`` and the last change of bits.
+        gate: name of a validation metric; logs ``compress/at_target/<gate>``, infinite before that point, so that "best"
+            means best at the final bits.
+        name: distinguishes several instances.
+        quantize_options: options of ``lightning_compress.Quantize``: include, exclude, granularity, calibrator …
+
+    Raises:
+        ValueError: an option outside its range.
+        MisconfigurationException: nothing to quantize, a wrong place in the callback list, a checkpoint with other
+            quantizers, one bit together with pruning.
+
+    Examples:
+        >>> from lightning_compress.callbacks.quantization import QuantizationAwareTraining
+        >>> callback = QuantizationAwareTraining(4, 4, method="lsq", exclude="head")
+        >>> callback.transform.bits, callback.transform.edge_bits, callback.transform.exclude
+        (4, 8, 'head')
+
+    Source: Jacob et al. 2018 (fake_quant); Esser et al. 2020, Learned Step Size Quantization (lsq); Choi et al. 2018,
+        PACT (pact).
+    """
+
+    def __init__(
+        self,
+        weight_bits: int | Mapping[str, int] = 8,
+        activation_bits: int | Mapping[str, int] | None = 8,
+        method: str = "fake_quant",
+        *,
+        transform: Quantize | None = None,
+        edge_layers_bits: int | None = 8,
+        bits_schedule: Mapping[int, int] | None = None,
+        begin: float = 0.0,
+        unit: str = "fraction",
+        observer_momentum: float = 0.01,
+        freeze_observer: float | None = 0.5,
+        freeze_batchnorm: float | None = 0.7,
+        pact_strength: float = 1e-4,
+        protect_schedule: bool = False,
+        gate: str | None = None,
+        name: str | None = None,
+        **quantize_options: Any,
+    ) -> None:
+        super().__init__(
+            schedule="constant",
+            begin=begin,
+            end=begin,
+            unit=unit,
+            every=1,
+            protect_schedule=protect_schedule,
+            gate=gate,
+            name=name,
+        )
+        if method not in training.METHODS:
+            raise ValueError(f"method={method!r} is unknown; allowed: {', '.join(training.METHODS)}.")
+        if not 0 < observer_momentum <= 1:
+            raise ValueError(f"observer_momentum={observer_momentum}: allowed is 0 < observer_momentum <= 1.")
+        if pact_strength < 0:
+            raise ValueError(f"pact_strength={pact_strength}: allowed is >= 0.")
+        self.method, self.observer_momentum, self.pact_strength = method, observer_momentum, pact_strength
+        self.freeze_observer, self.freeze_batchnorm = freeze_observer, freeze_batchnorm
+        self.bits_schedule = {int(epoch): bits for epoch, bits in sorted((bits_schedule or {}).items())}
+        self.transform = self._options(
+            transform,
+            {"bits": weight_bits, "activation_bits": activation_bits},
+            edge_layers_bits,
+            quantize_options,
+        )
+        for epoch, bits in self.bits_schedule.items():
+            if epoch < 0:
+                raise ValueError(f"bits_schedule has epoch {epoch}: allowed is >= 0.")
+            self.transform.grid(bits)
+        self._points: dict[str, int] = {}  # optimizer steps, fixed when training starts; -1: never
+        self._pending: dict[str, Any] | None = None  # stored states that wait for a module
+        self._kept: dict[str, Any] = {}  # states of the last run
+        self._averaged = False  # whether a checkpoint's weights are averages
+        self._restored = False  # whether this fit goes on from a stored state
+        self._owner: weakref.ref[LightningModule] | None = None  # whose steps are counted
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop the references into a run."""
+        self._installed: training.Installed | None = None
+        self._quantizers: dict[str, TrainingQuantizer] = {}
+        self._averages: averages.Averages = {}
+        self._waiting: set[str] = set()  # quantizers that have seen no batch
+        self._norms: list[_BatchNorm] = []
+        self._phase: tuple[bool, ...] = ()
+
+    def _options(
+        self,
+        transform: Quantize | None,
+        bits: Mapping[str, Any],
+        edge_bits: int | None,
+        options: Mapping[str, Any],
+    ) -> Quantize:
+        taken = {"bits": "weight_bits", "activation_bits": "activation_bits", "edge_bits": "edge_layers_bits"}
+        for option in taken.keys() & options.keys():
+            raise ValueError(f"give {option} as {taken[option]}=.")
+        if transform is None:
+            transform = Quantize(**bits, edge_bits=edge_bits, **options)
+        elif (*bits.values(), edge_bits) != (8, 8, 8) or Quantize(**options) != Quantize():
+            raise ValueError(  # a configuration file gives every option its default
+                "give either transform=, with its bits, activation_bits and edge_bits, or weight_bits, activation_bits, "
+                f"edge_layers_bits and options, not both: {sorted(options)}."
+            )
+        for option, value in _AFTERWARDS.items():
+            if getattr(transform, option) != value:
+                raise ValueError(
+                    f"{option}={getattr(transform, option)!r} is for quantization after training; allowed here is "
+                    f"{value!r}."
+                )
+        if self.method == "lsq" and (transform.format != "int" or not transform.symmetric):
+            raise ValueError(
+                "method='lsq' learns the step of a symmetric integer grid: format='int', symmetric=True."
+            )
+        return transform
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Options and own state; never the model or an optimizer."""
+        clean = type(self).__new__(type(self))
+        clean._forget()
+        return super().__getstate__() | {"_kept": self._states(), "_owner": None} | vars(clean)
+
+    # -- setup -------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Put the quantizers into the layers, in every stage: a test without them would score the float model."""
+        super().setup(trainer, pl_module, stage)
+        if is_overridden(
+            "configure_model", pl_module
+        ):  # Lightning calls it again, and asks that this be harmless
+            with trainer.precision_plugin.module_init_context():
+                pl_module.configure_model()
+        new = self._install(pl_module)
+        if new and self._home in trainer.callback_metrics:
+            packed = trainer.callback_metrics[self._home].numpy().tobytes()
+            self.load_state_dict(torch.load(io.BytesIO(packed), weights_only=True))
+        if stage == "fit" and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            rank_zero_warn(
+                f"{type(trainer.strategy.launcher).__name__} trains in processes that end with the fit, and only weights "
+                "come back from there. trainer.test(module) brings the quantizers too; before lightning_compress."
+                "finalize(module) or another trainer, call callback.bring_home(trainer, module)."
+            )
+
+    def _check(self, trainer: Trainer) -> None:
+        super()._check(trainer)
+        averaging = averages.averaging_before(self, trainer)
+        if averaging is not None:
+            raise MisconfigurationException(
+                f"{type(self).__name__} must come before {averaging} in Trainer(callbacks=[...]): the average needs the "
+                "quantizers that this callback puts into the module."
+            )
+
+    def _replay(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """As the base; layers that the replay made get their quantizers."""
+        super()._replay(pl_module, checkpoint)
+        self._install(pl_module)
+
+    def _install(self, pl_module: LightningModule) -> bool:
+        """Whether any quantizer was put in."""
+        try:
+            done = training.install(
+                pl_module, self.transform, self.method, self.observer_momentum, pl_module.example_input_array
+            )
+        except ValueError as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+        self._installed, self._quantizers = done, done.quantizers
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._restore(pending)
+        return done.new
+
+    def bring_home(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the module of this process the quantizers that processes of a fit (ddp_fork, ddp_spawn) left behind.
+
+        Args:
+            trainer: the trainer of the fit.
+            pl_module: its module.
+        """
+        self.setup(trainer, pl_module, "validate")
+        self.teardown(trainer, pl_module, "validate")
+
+    # -- fit ---------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Everything is built, and weights are loaded: set the steps, and see that an optimizer owns them."""
+        done = self._done
+        self._averages = averages.averages_of(trainer)
+        self._norms = [m for m in pl_module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        if not self._restored and (self._owner is None or self._owner() is not pl_module):
+            self._counts, self._span, self._points = [], None, {}  # another module: time begins anew
+            self._set_bits(0)
+            self._enable(self.begin == 0)
+        self._restored, self._owner = False, weakref.ref(pl_module)
+        self._waiting = {name for name, q in self._quantizers.items() if not q.initialized}
+        self._check_pruning(trainer, pl_module)
+        self._adopt(trainer)
+        super().on_fit_start(trainer, pl_module)
+        for optimizer in trainer.optimizers:
+            self._undo.append(optimizer.register_load_state_dict_pre_hook(self._remap).remove)
+        self._advise(pl_module, trainer)
+        inputs = sorted({f"{bits}" for bits in done.inputs.values()})
+        widths = sorted({f"{bits}" for bits in done.weights.values()})
+        rank_zero_info(
+            f"QuantizationAwareTraining({self.method}): {len(done.targets)} weights with {', '.join(widths)} bits, inputs "
+            f"of {len(done.inputs)} layers{' with ' + ', '.join(inputs) + ' bits' if inputs else ''}; first and last: "
+            f"{listing(sorted(done.edges)) or 'as the others'}. {done.note}{reasons(done.skipped)}"
+        )
+
+    @property
+    def _done(self) -> training.Installed:
+        assert self._installed is not None
+        return self._installed
+
+    def _enable(self, enabled: bool) -> None:
+        """Switch rounding on or off; weights start with steps of what they are now."""
+        started = []
+        for quantizer in self._quantizers.values():
+            quantizer.enabled = enabled
+        for target in self._done.targets if enabled else ():
+            weight = training.quantizer_of(target)
+            if isinstance(weight, LearnedWeight) and not weight.initialized:
+                weight.start(target.weight)
+                started.append(id(weight))
+        self._to_averages({name for name, q in self._quantizers.items() if id(q) in started})
+
+    def _to_averages(self, names: set[str]) -> None:
+        """Averages of steps that did not exist before begin with the present ones."""
+        for module in self._averages.values():
+            averages.load_tensors(module, {n: self._quantizers[n].tensors() for n in names})
+
+    def _check_pruning(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        scheduled = self.bits_schedule.values()
+        one = {key for key, bits in self._done.weights.items() if bits == 1 or 1 in scheduled}
+        for other in callbacks_of(trainer):
+            if one and isinstance(other, ScheduledPruning):
+                pruned = {
+                    t.key for t in survey(pl_module, other.transform.include, other.transform.exclude).targets
+                }
+                if one & pruned:
+                    raise MisconfigurationException(
+                        f"{listing(sorted(one & pruned))}: one bit has no zero, so pruned weights would come back. Give "
+                        "them 2 bits or more, or exclude them from ScheduledPruning."
+                    )
+
+    def _learned(self) -> list[nn.Parameter]:
+        return [p for q in self._quantizers.values() for p in q.parameters()]
+
+    def _adopt(self, trainer: Trainer) -> None:
+        """Give steps that ``configure_optimizers`` left out to the group that updates their layer's weight."""
+        groups = [g for o in trainer.optimizers for g in o.param_groups]
+        owned = {id(p): group for group in groups for p in group["params"]}
+        missing = []
+        for target in self._done.targets:
+            group = owned.get(id(target.weight))
+            layer = (training.quantizer_of(target), *training.input_quantizers(target))
+            lost = [p for q in layer for p in q.parameters() if id(p) not in owned]
+            if group is not None and lost:
+                group["params"].extend(lost)
+                owned |= {id(p): group for p in lost}
+                missing.append(target.name or target.param)
+        if missing:
+            rank_zero_warn(
+                f"configure_optimizers left the learned steps of {listing(missing)} out; they are updated with their "
+                "weights. Return self.parameters(), or lightning_compress.quantization.parameter_groups(self)."
+            )
+
+    def _advise(self, pl_module: LightningModule, trainer: Trainer) -> None:
+        """Warn of what is known to go wrong."""
+        ids = {id(p) for p in self._learned()}
+        for group in (g for o in trainer.optimizers for g in o.param_groups):
+            if group.get("weight_decay", 0) and any(id(p) in ids for p in group["params"]):
+                rank_zero_warn(
+                    f"an optimizer group decays learned steps (weight_decay={group['weight_decay']}), which pulls their "
+                    "range to zero: put them into a group without decay, with "
+                    "steps, others = lightning_compress.quantization.parameter_groups(self)."
+                )
+                break
+        temperature = getattr(pl_module, "temperature", None) or pl_module.hparams.get("temperature")
+        fewest = min([*self._done.weights.values(), *self.bits_schedule.values()])
+        if isinstance(temperature, int | float) and temperature > 2 and fewest <= 3:
+            rank_zero_warn(
+                f"distillation with temperature={temperature} together with {fewest}-bit weights has lost its range "
+                "without notice before: lower the temperature to 2 or less, and watch compress/levels_used."
+            )
+
+    def _remap(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
+        """A dense run's optimizer state: every moment stays with its parameter."""
+        return training.remap_optimizer_state(optimizer, state, self._learned())
+
+    # -- time --------------------------------------------------------------------------------------------------
+
+    def _resolve(self, trainer: Trainer) -> tuple[int, int]:
+        """Fix the points; the span ends when the last bits are reached."""
+        for name in _POINTS:
+            value = getattr(self, name)
+            self._points[name] = -1 if value is None else self._in_steps(trainer, value, name) if value else 0
+        _, per_epoch = self._length(trainer)
+        last = max(self.bits_schedule, default=0) * per_epoch
+        return self._within(trainer, self._points["begin"], max(self._points["begin"], last))
+
+    def due(self, t: int) -> bool:
+        """Every step may be one of the points."""
+        return True
+
+    def update(self, trainer: Trainer) -> None:
+        """Switch what the present step switches."""
+        phase = tuple(0 <= self._points[name] <= self.steps for name in _POINTS)
+        if phase == self._phase:
+            return
+        rounding, observed, _ = phase
+        self._enable(rounding)
+        for quantizer in self._quantizers.values():
+            quantizer.learning = not observed
+        self._phase = phase
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fix the points in optimizer steps, once, and stand where they say."""
+        super().on_train_start(trainer, pl_module)
+        self.update(trainer)
+        self._complete_schedulers(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Change bits."""
+        super().on_train_epoch_start(trainer, pl_module)
+        self._set_bits(trainer.current_epoch)
+
+    def _set_bits(self, epoch: int) -> None:
+        scheduled = [bits for start, bits in self.bits_schedule.items() if start <= epoch]
+        wanted: dict[int, int] = {}  # by identity: tied weights share a quantizer
+        for target in self._done.targets:
+            bits, inputs = self._done.weights[target.key], self._done.inputs.get(target.name)
+            if scheduled and target.name not in self._done.edges:
+                bits, inputs = scheduled[-1], inputs and max(inputs, scheduled[-1])
+            wanted[id(training.quantizer_of(target))] = bits
+            for quantizer in training.input_quantizers(target):
+                wanted[id(quantizer)] = inputs or quantizer.bits
+        changed = {n: bits for n, q in self._quantizers.items() if (bits := wanted[id(q)]) != q.bits}
+        for own in (self._quantizers, *map(training.quantizers, self._averages.values() if changed else ())):
+            for name, bits in changed.items():
+                own[name].set_bits(bits)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Hold BatchNorm frozen, whatever has switched modes in between."""
+        if not (self._phase and self._phase[2]) or trainer.fit_loop._skip_backward:
+            return  # Lightning's SWA measures the statistics anew in an epoch without steps
+        for norm in self._norms:
+            if norm.training:
+                norm.eval()
+                self._undo.append(norm.train)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look after quantizers that have just seen their first batch."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if not self._waiting:
+            return
+        started = {name for name in self._waiting if self._quantizers[name].initialized}
+        self._waiting -= started
+        self._to_averages(started)
+        clipped = [
+            n for n in started if isinstance(self._quantizers[n], ClippedInput) and self._quantizers[n].signed
+        ]
+        if clipped:
+            rank_zero_info(
+                f"PACT: {listing(sorted(clipped))} take negative values, so they clip to [-alpha, alpha]."
+            )
+
+    def counts_steps_of(self, optimizer: Optimizer) -> bool:
+        """An optimizer that updates a weight or a step."""
+        ours = {id(t.weight) for t in self._done.targets} | {id(p) for p in self._learned()}
+        return any(id(p) in ours for g in optimizer.param_groups for p in g["params"])
+
+    @torch.no_grad()
+    def after_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        """Keep learned steps positive."""
+        for parameter in self._learned():
+            parameter.clamp_min_(SMALLEST)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Add the gradient of ``pact_strength sum alpha^2``."""
+        if self.method != "pact" or not self.pact_strength:
+            return
+        owned = {id(p) for g in optimizer.param_groups for p in g["params"]}
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        fused = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+        factor = 2 * self.pact_strength * (scaler.get_scale() if fused else 1.0)  # type: ignore[union-attr]
+        for quantizer in self._quantizers.values():
+            if not (isinstance(quantizer, ClippedInput) and quantizer.active and id(quantizer.alpha) in owned):
+                continue
+            if quantizer.alpha.grad is not None:
+                quantizer.alpha.grad.add_(quantizer.alpha.detach(), alpha=factor)
+
+    def _complete_schedulers(self, trainer: Trainer) -> None:
+        """Learning-rate schedulers of a dense run know no group of steps."""
+        for config in trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", ())
+            for name, key in (("base_lrs", "initial_lr"), ("_last_lr", "lr")):
+                rates = getattr(scheduler, name, None)
+                if isinstance(rates, list) and len(rates) < len(groups):
+                    setattr(scheduler, name, [group.get(key, group["lr"]) for group in groups])
+
+    # -- leave -------------------------------------------------------------------------------------------------
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Processes that end with the fit send the quantizers home with the metrics."""
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            buffer = io.BytesIO()
+            torch.save(self.state_dict(), buffer)
+            trainer.callback_metrics[self._home] = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+
+    @property
+    def _home(self) -> str:
+        return f"compress/{self.state_key}"
+
+    def _release(self) -> None:
+        super()._release()
+        self._kept = self._states()
+        self._forget()
+
+    # -- logging -----------------------------------------------------------------------------------------------
+
+    @property
+    def logged(self) -> tuple[str, ...]:
+        """A named instance has tags of its own."""
+        return () if self.name else ("weight_bits", "step", "input_step", "alpha", "sqnr_db", "levels_used")
+
+    def _tag(self, quantity: str) -> str:
+        return f"compress/{self.name}/{quantity}" if self.name else f"compress/{quantity}"
+
+    @property
+    def weight_bits(self) -> float:
+        """Mean bits of a weight among the targets, as they are rounded now."""
+        sizes = [(t.weight.numel(), training.quantizer_of(t), t.weight) for t in self._done.targets]
+        bits = sum(n * (q.bits if q.enabled else w.element_size() * 8) for n, q, w in sizes)
+        return bits / sum(n for n, _, _ in sizes)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bits as a metric that other callbacks can monitor; steps, clips and errors of every layer to the loggers."""
+        super().on_train_epoch_end(trainer, pl_module)
+        widened = [n for n, q in self._quantizers.items() if isinstance(q, ObservedInput) and q.widen()]
+        if widened:
+            rank_zero_info(
+                f"{listing(widened)} take negative values since their first batch: their grids are signed now."
+            )
+        if self._waiting and self._phase and self._phase[0]:
+            rank_zero_warn(
+                f"{listing(sorted(self._waiting))} saw no batch in training mode in this epoch, so their layers take "
+                "unrounded inputs: exclude layers that never run, or train them with .train()."
+            )
+            self._waiting = set()
+        total = {self._tag("weight_bits"): self.weight_bits}
+        if not trainer.barebones:
+            pl_module.log_dict(total, logger=False, sync_dist=True)
+        if trainer.is_global_zero and trainer.loggers:
+            self.log_values(trainer, total | self._values(), step=logged_step(trainer) - 1)
+
+    def _values(self) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for target in self._done.targets:
+            layer = target.name or target.param
+            values |= {self._tag(f"{what}/{layer}"): v for what, v in training.measure(target).items()}
+            for quantizer in training.input_quantizers(target)[:1]:
+                clip = isinstance(quantizer, ClippedInput)
+                learned: Any = quantizer.alpha if clip else quantizer.scale
+                if quantizer.active:
+                    values[self._tag(f"{'alpha' if clip else 'input_step'}/{layer}")] = float(
+                        learned.detach()
+                    )
+        return {tag: v for tag, v in values.items() if math.isfinite(v)}
+
+    # -- resume ------------------------------------------------------------------------------------------------
+
+    def _states(self) -> dict[str, Any]:
+        live = {name: quantizer.state() for name, quantizer in self._quantizers.items()}
+        return live or self._kept
+
+    def state_dict(self) -> dict[str, Any]:
+        """Quantizers, points and counters: tensors, numbers, strings, lists, dicts only."""
+        states = self._states() if self._pending is None else self._pending
+        return super().state_dict() | {"quantizers": states, "points": dict(self._points)}
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Averaged weights belong with averaged steps."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        own = checkpoint.get("callbacks", {}).get(self.state_key)
+        if own is not None and self._averages:
+            own["averages"] = averages.tensors_of(self._averages)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Bring the averages back, where there are some."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        stored = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        for quantizer in self._quantizers.values() if not stored else ():
+            quantizer.initialized = False  # other weights: steps of earlier ones are worth nothing
+        present = averages.averages_of(trainer)
+        for kind, module in present.items():
+            plain = {name: state["tensors"] for name, state in stored.get("quantizers", {}).items()}
+            averages.load_tensors(module, stored.get("averages", {}).get(kind, plain))
+        self._averaged = averages.IN_STATE_DICT not in present
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue as if training had not been interrupted."""
+        super().load_state_dict(state_dict)
+        self._points = dict(state_dict["points"])
+        states = dict(state_dict["quantizers"])
+        averaged = state_dict.get("averages", {}).get(averages.IN_STATE_DICT, {}) if self._averaged else {}
+        self._averaged, self._restored = False, True
+        for name, tensors in averaged.items():
+            states[name] = {**states[name], "tensors": tensors}
+        if not states:
+            return
+        if self._installed is None:
+            self._pending = states
+        else:
+            self._restore(states)
+
+    def _restore(self, states: Mapping[str, Any]) -> None:
+        try:
+            training.restore(self._quantizers, states)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error

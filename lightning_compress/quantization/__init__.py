@@ -1,0 +1,11 @@
+"""Few bits: after training (`quantize`), while training (`training`), as integers (`integer`).
+
+Reading order: `grids` (which grid a weight gets), `codes` (how it is stored), `quantizers` and `layers` (how activations
+and training weights are rounded on the way), `quantize` (the transform).
+"""
+
+from lightning_compress.functional.groups import PerChannel, PerGroup, PerTensor
+from lightning_compress.quantization.grids import Log2, MiniFloat
+from lightning_compress.quantization.quantize import Quantize
+
+__all__ = ["Log2", "MiniFloat", "PerChannel", "PerGroup", "PerTensor", "Quantize"]

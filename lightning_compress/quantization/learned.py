@@ -1,0 +1,366 @@
+"""Quantizers whose step or clip the optimizer learns: LSQ for weights and activations, PACT for activations."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.functional.affine import binary, choose_qparams, integer_range, learned_step
+from lightning_compress.functional.calibrators import calibrate
+from lightning_compress.functional.groups import Granularity, Groups, granularity_of, like, real
+from lightning_compress.quantization.codes import Affine, GridCode
+from lightning_compress.quantization.quantizers import InputQuantizer, TrainingQuantizer
+
+SMALLEST = 1e-8
+"""Learned steps and clips are kept at or above this."""
+_PACT_PERCENTILE = 99.9
+
+
+class WeightQuantizer(TrainingQuantizer):
+    """Rounds a weight while it is trained, and knows the code that the weight then has.
+
+    Args:
+        bits: 1 to 16.
+    """
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits)
+        self.initialized = self.signed = True
+
+    @property
+    def active(self) -> bool:
+        """Whether values are rounded now; a weight can always be looked at, so it never waits."""
+        return self.enabled
+
+    @abstractmethod
+    def code(self, weight: Tensor) -> GridCode:
+        """How the rounded weight can be stored.
+
+        Args:
+            weight: the float weight.
+
+        Returns:
+            The code; ``code.project(weight)`` is what ``forward`` gives, bit for bit.
+        """
+
+
+class LearnedWeight(WeightQuantizer):
+    r"""LSQ for a weight: ``w^ = s clip(round(w / s), qmin, qmax)`` with learned steps s, one per group.
+
+    ``dw^/ds`` as in ``lightning_compress.functional.affine.learned_step``, times ``1 / sqrt(N qmax)`` with N weights in
+    a group. Steps start at ``s = 2 E|w| / sqrt(qmax)``; a group of zeros takes ``E|w| = 1 / (2 sqrt(N))``, that of
+    PyTorch's initialization. One bit means the two values -s and s with ``s = E|w|``, which is not learned.
+
+    Args:
+        bits: 1 to 16.
+        weight: real or complex; the two planes of a complex weight share their steps.
+        granularity: which weights share a step.
+        out: output axis of the weight.
+        narrow: leave the most negative integer out.
+
+    Raises:
+        ValueError: bits outside 1..16, or a granularity that does not fit the weight.
+
+    Examples:
+        >>> quantizer = LearnedWeight(2, torch.tensor([0.5, -1.5, 0.1, 0.0]))
+        >>> [round(v, 3) for v in quantizer(torch.tensor([0.5, -1.5, 0.6])).tolist()]  # s = 2 * 0.525 / sqrt(1)
+        [0.0, -1.05, 1.05]
+        >>> list(quantizer.state_dict())
+        []
+
+    Source: Esser et al. 2020, Learned Step Size Quantization; one bit: Rastegari et al. 2016, XNOR-Net.
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        weight: Tensor,
+        granularity: Granularity | str = "per_tensor",
+        out: int = 0,
+        narrow: bool = True,
+    ) -> None:
+        super().__init__(bits)
+        self.groups = Groups.of(granularity_of(granularity), weight.shape, out)
+        self.narrow = narrow
+        self.step = nn.Parameter(self._initial(weight))
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Smallest and largest integer."""
+        return integer_range(self.bits, narrow=self.narrow)
+
+    @torch.no_grad()
+    def start(self, weight: Tensor) -> None:
+        """Set the steps from a weight.
+
+        Args:
+            weight: of the shape given at first.
+        """
+        self.step.copy_(self._initial(weight))
+        self.initialized = True
+
+    def set_bits(self, bits: int) -> None:
+        """Another grid; the steps grow as its largest integer shrinks, so that the range stays."""
+        before = self.range[1]
+        super().set_bits(bits)
+        self.step.data.mul_(before / self.range[1])
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Shape and dtype of the weight."""
+        if not self.enabled:
+            return attached(weight, self.step)
+        if self.bits == 1:
+            return attached(binary_weight(weight, self._expand(self._means(weight), weight)), self.step)
+        step, (qmin, qmax) = self._expand(self._steps(weight), weight), self.range
+        rounded = learned_step(real(weight), step, qmin, qmax, 1 / math.sqrt(self._size(weight) * qmax))
+        return like(rounded, weight.dtype)
+
+    def code(self, weight: Tensor) -> Affine:
+        """Integers and steps."""
+        scale = self._means(weight) if self.bits == 1 else self._steps(weight)
+        kept = scale.detach().cpu().clone()
+        return Affine(self.groups.axes, self.groups.size, self.bits, kept, None, *self.range)
+
+    def _steps(self, weight: Tensor) -> Tensor:
+        """The learned steps; before there are any, those that training would start with."""
+        return self.step if self.initialized else self._initial(weight)
+
+    def _size(self, weight: Tensor) -> float:
+        """Real numbers that share a step; runs that are cut off at the end of a row count as the average."""
+        return real(weight).numel() / self.groups.count(weight.shape)
+
+    def _expand(self, step: Tensor, weight: Tensor) -> Tensor:
+        return self.groups.expand(step, weight.shape, weight.is_complex())
+
+    def _means(self, weight: Tensor) -> Tensor:
+        return group_means(self.groups, weight)
+
+    @torch.no_grad()
+    def _initial(self, weight: Tensor) -> Tensor:
+        qmax, mean = (
+            self.range[1],
+            self.groups.join(
+                [block.abs().float().mean(1) for block in self.groups.blocks(weight)], weight.shape
+            ),
+        )
+        mean = torch.where(mean > 0, mean, 0.5 / math.sqrt(self._size(weight)))
+        return (2 * mean / math.sqrt(qmax)).clamp_min(SMALLEST)
+
+
+class LearnedInput(TrainingQuantizer):
+    r"""LSQ for activations: ``y = s clip(round(x / s), qmin, qmax)`` with one learned step s.
+
+    The first batch in training mode sets ``s = 2 E|x| / sqrt(qmax)`` and whether the grid has negative integers; with
+    several processes all take the mean, and negative values anywhere count. Until then values pass through. The
+    gradient of s is scaled by ``1 / sqrt(N qmax)``, N values per sample (the first axis counts samples).
+
+    Args:
+        bits: 2 to 16.
+
+    Examples:
+        >>> quantizer = LearnedInput(2)
+        >>> rounded = quantizer(torch.tensor([[0.0, 2.0, 10.0]]))  # s = 2 * 4 / sqrt(3) = 4.619
+        >>> [round(v, 3) for v in rounded[0].tolist()], quantizer.signed
+        ([0.0, 0.0, 9.238], False)
+
+    Source: Esser et al. 2020, Learned Step Size Quantization.
+    """
+
+    residual = True  # whether the rounding error is part of the gradient
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits)
+        self.step = nn.Parameter(torch.ones(1))
+
+    @property
+    def learned(self) -> nn.Parameter:
+        """What the optimizer moves."""
+        return self.step
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Smallest and largest integer."""
+        return integer_range(self.bits, self.signed, narrow=False)
+
+    @property
+    def scale(self) -> Tensor:
+        """The step of the grid."""
+        return self.step
+
+    def set_bits(self, bits: int) -> None:
+        """Another grid; the step grows as its largest integer shrinks, so that the range stays."""
+        before = self.range[1]
+        super().set_bits(bits)
+        self.step.data.mul_(before / self.range[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape and dtype of x."""
+        if x.is_complex():
+            return torch.view_as_complex(self(torch.view_as_real(x)))
+        if self.enabled and self.training and not self.initialized and x.numel():
+            self._start(x.detach())
+        if not self.active:
+            return attached(x, self.learned)
+        qmin, qmax = self.range
+        return learned_step(x, self.scale, qmin, qmax, self._gradient_scale(x), self.residual)
+
+    def frozen(self) -> InputQuantizer:
+        """The present grid."""
+        qmin, qmax = self.range
+        return InputQuantizer(self.bits, float(self.scale), 0, qmin, qmax)
+
+    def _gradient_scale(self, x: Tensor) -> float:
+        samples = x.shape[0] if x.dim() > 1 else 1
+        return 1 / math.sqrt(max(x.numel() // max(samples, 1), 1) * self.range[1])
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _start(self, x: Tensor) -> None:
+        """All processes start alike; a batch of zeros says nothing."""
+        self.signed = float(agree(-x.float().amin(), "max")) > 0
+        value = agree(self._initial(x.float()), "mean")
+        if 0 < float(value) < math.inf:
+            self.learned.copy_(value.clamp_min(SMALLEST))
+            self.initialized = True
+
+    def _initial(self, x: Tensor) -> Tensor:
+        return 2 * x.abs().mean() / math.sqrt(self.range[1])
+
+
+class ClippedInput(LearnedInput):
+    r"""PACT for activations: ``y = clip(x, 0, alpha)``, rounded with ``s = alpha / (2^b - 1)``; alpha is learned.
+
+    ``dy/dalpha = 1`` where ``x >= alpha``, else 0. Behind a ReLU that is the clipped ReLU of the paper, since ReLU and
+    clip together are the clip. Values that can be negative are clipped to [-alpha, alpha], with
+    ``s = alpha / (2^(b-1) - 1)``. alpha starts at the 99.9 percentile of \|x\| in the first batch in training mode, the
+    mean over processes. Until then values pass through.
+
+    Args:
+        bits: 2 to 16.
+
+    Examples:
+        >>> quantizer = ClippedInput(2)
+        >>> quantizer(torch.tensor([0.0, 1.0, 3.0, 3.0])).tolist()
+        [0.0, 1.0, 3.0, 3.0]
+        >>> quantizer(torch.tensor([0.4, 9.0])).tolist(), quantizer.alpha.tolist()
+        ([0.0, 3.0], [3.0])
+
+    Source: Choi et al. 2018, PACT: Parameterized Clipping Activation for Quantized Neural Networks.
+    """
+
+    residual = False
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits)
+        del self.step
+        self.alpha = nn.Parameter(torch.ones(1))
+
+    @property
+    def learned(self) -> nn.Parameter:
+        """What the optimizer moves."""
+        return self.alpha
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Smallest and largest integer; as many below zero as above, for one clip serves both."""
+        return integer_range(self.bits, self.signed)
+
+    @property
+    def scale(self) -> Tensor:
+        """The step of the grid."""
+        return self.alpha / self.range[1]
+
+    def set_bits(self, bits: int) -> None:
+        """Another grid on the same range."""
+        self.bits = bits
+
+    def _gradient_scale(self, x: Tensor) -> float:
+        return 1.0  # of the step, which is alpha / qmax: autograd does the rest
+
+    def _initial(self, x: Tensor) -> Tensor:
+        qmin, qmax = self.range
+        _, high = calibrate(
+            "percentile", x.abs().reshape(1, -1), qmin=qmin, qmax=qmax, percentile=_PACT_PERCENTILE
+        )
+        return high
+
+
+# -- shared ----------------------------------------------------------------------------------------------------
+
+
+def agree(value: Tensor, how: str) -> Tensor:
+    """The same value in all processes: the largest, or the mean.
+
+    Args:
+        value: any real tensor, of one shape everywhere.
+        how: "max" or "mean".
+
+    Returns:
+        The value itself where there is one process.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return value
+    value = value.clone()
+    distributed.all_reduce(value, distributed.ReduceOp.MAX if how == "max" else distributed.ReduceOp.SUM)
+    return value if how == "max" else value / distributed.get_world_size()
+
+
+def group_means(groups: Groups, weight: Tensor) -> Tensor:
+    """``E|w|`` of every group, 1 where that is zero: the scale of one bit.
+
+    Args:
+        groups: which weights share a scale.
+        weight: real or complex.
+
+    Returns:
+        float32 [G].
+    """
+    means = [block.detach().abs().float().mean(1) for block in groups.blocks(weight)]
+    clip = groups.join(means, weight.shape)
+    return choose_qparams(-clip, clip, -1, 1)[0]
+
+
+def binary_weight(weight: Tensor, scale: Tensor) -> Tensor:
+    """``-s`` and ``s``, with gradient 1 for every weight: a bound would leave half of them, those above s, without."""
+    return straight_through(weight, like(binary(real(weight.detach()), scale), weight.dtype))
+
+
+def straight_through(weight: Tensor, rounded: Tensor) -> Tensor:
+    """The rounded values, with the gradient passed on to the weight as it is."""
+    return cast(Tensor, _Replaced.apply(weight, rounded))
+
+
+def attached(x: Tensor, parameter: Tensor) -> Tensor:
+    """The same values, with zero as the parameter's gradient: distributed training waits for every gradient."""
+    if not torch.is_grad_enabled():
+        return x
+    return cast(Tensor, _Attached.apply(x, parameter))
+
+
+class _Replaced(torch.autograd.Function):
+    """Other values in the forward pass, the same gradient in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient, None
+
+
+class _Attached(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parameter: Tensor) -> Tensor:
+        ctx.save_for_backward(parameter)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (parameter,) = ctx.saved_tensors
+        return gradient, torch.zeros_like(parameter)

@@ -1,0 +1,361 @@
+"""Quantizers in training: which layer gets which, their state by name, and what an optimizer must know of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_compress.functional.groups import real
+from lightning_compress.names import clean
+from lightning_compress.quantization import activations, assignment
+from lightning_compress.quantization.layers import (
+    input_quantizer,
+    output_quantizer,
+    quantize_input,
+    quantize_weight,
+    weight_quantizer,
+)
+from lightning_compress.quantization.learned import ClippedInput, LearnedInput, LearnedWeight, WeightQuantizer
+from lightning_compress.quantization.observed import CalibratedWeight, ObservedInput
+from lightning_compress.quantization.quantize import Quantize
+from lightning_compress.quantization.quantizers import TrainingQuantizer
+from lightning_compress.tables import listing, reasons
+from lightning_compress.targets import Target, survey
+
+METHODS = ("fake_quant", "lsq", "pact")
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What a model has after ``install``.
+
+    Args:
+        targets: the weights that are quantized, in the order in which their layers run.
+        weights: target key -> bits of the weight.
+        inputs: layer name -> bits of its input.
+        edges: names of the layers with ``edge_bits``.
+        quantizers: their quantizers by clean module name, shared ones once.
+        skipped: parameter or input -> why it is left alone.
+        new: whether any quantizer was put in now.
+        note: what went wrong on the way, "" if nothing did.
+    """
+
+    targets: list[Target]
+    weights: dict[str, int]
+    inputs: dict[str, int]
+    edges: frozenset[str]
+    quantizers: dict[str, TrainingQuantizer]
+    skipped: dict[str, str]
+    new: bool
+    note: str
+
+
+def install(
+    model: nn.Module, transform: Quantize, method: str, momentum: float, example: Any = None
+) -> Installed:
+    """Put quantizers into the layers; those that are there already stay as they are.
+
+    Parameters, state-dict keys and their order stay; the layers' classes change to subclasses of their own.
+
+    Args:
+        model: any module, changed in place.
+        transform: which layers, and what grid.
+        method: "fake_quant" (calibrated weights, observed inputs), "lsq" (learned steps) or "pact" (calibrated
+            weights, learned clips of inputs).
+        momentum: of the observers.
+        example: one input, to find the layers that run first and last; None: they are those of the first and last
+            parameter.
+
+    Returns:
+        What there is to quantize.
+
+    Raises:
+        ValueError: nothing to quantize, or a mapping of bits that fits nothing.
+
+    Examples:
+        >>> from lightning_compress.quantization.quantize import Quantize
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> done = install(net, Quantize(bits=4, activation_bits=4), "lsq", momentum=0.01)
+        >>> done.weights, list(net.state_dict())
+        ({'0.weight': 4, '2.weight': 4}, ['0.weight', '0.bias', '2.weight', '2.bias'])
+    """
+    found = survey(model, transform.include, transform.exclude)
+    present = quantizers(model)
+    skipped = {key: why for key, why in found.skipped.items() if key.rpartition(".")[0] not in present}
+    skipped |= {t.key: why for t in found.targets if (why := _refusal(t)) is not None}
+    targets = [t for t in found.targets if t.key not in skipped]
+    if not targets:
+        raise ValueError(
+            f"nothing to quantize with include={transform.include!r}:{reasons(skipped) or ' no weights.'}"
+        )
+    note = ""
+    try:
+        targets = assignment.execution_order(model, targets, example)
+    except Exception as error:  # the example is the user's, and what can go wrong with it too
+        note = (
+            f"the example input does not run ({error!r}), so first and last are the first and last parameter"
+        )
+    kinds = assignment.kinds_of(model, targets, targets[-1])
+    edges = {targets[0].key, targets[-1].key} if transform.edge_bits is not None else set()
+    weights = _widths(transform.bits, targets, kinds, "bits")
+    inputs = (
+        {}
+        if transform.activation_bits is None
+        else _widths(transform.activation_bits, targets, kinds, "activation_bits")
+    )
+    for key in edges:
+        weights[key] = cast(int, transform.edge_bits)
+        inputs |= {} if transform.activation_bits is None else {key: cast(int, transform.edge_bits)}
+    skipped |= {t.key: f"no entry of bits={transform.bits} fits" for t in targets if t.key not in weights}
+    targets = [t for t in targets if t.key in weights]
+    new, layers = False, dict[str, int]()
+    for t in targets:
+        new |= _install_weight(model, t, method, transform, weights[t.key])
+        why = activations.refusal(t)
+        if t.key in inputs and why is not None:
+            skipped[f"{t.name}.input" if t.name else "input"] = why
+        elif t.key in inputs and t.name not in layers:
+            layers[t.name] = inputs[t.key]
+            new |= _install_input(t.module, method, momentum, inputs[t.key], transform.outputs)
+    names = frozenset(t.name for t in targets if t.key in edges)
+    held = {id(q) for t in targets for q in (quantizer_of(t), *input_quantizers(t))}
+    own = {name: q for name, q in quantizers(model).items() if id(q) in held}
+    return Installed(targets, weights, layers, names, own, skipped, new, note)
+
+
+def _refusal(target: Target) -> str | None:
+    """Why a weight cannot be rounded on the way."""
+    if isinstance(target.module, nn.RNNBase):
+        return "the layer reads its weights as one block that training updates: quantize it after the fit"
+    if getattr(target.module, "sparse", False):
+        return "its gradient is sparse: set sparse=False"
+    return None
+
+
+def _widths(bits: Any, targets: list[Target], kinds: Mapping[str, set[str]], option: str) -> dict[str, int]:
+    if isinstance(bits, Mapping):
+        return assignment.assign(bits, targets, kinds, option)
+    return {t.key: int(bits) for t in targets}
+
+
+def _place(target: Target) -> tuple[nn.Module, str]:
+    """The module that holds the Parameter itself, and its name there."""
+    path, _, last = target.param.rpartition(".")
+    return target.module.get_submodule(path), last
+
+
+def quantizer_of(target: Target) -> WeightQuantizer:
+    """The quantizer of a target that ``install`` returned.
+
+    Args:
+        target: a weight.
+
+    Returns:
+        The quantizer.
+    """
+    return cast(WeightQuantizer, weight_quantizer(*_place(target)))
+
+
+def input_quantizers(target: Target) -> list[TrainingQuantizer]:
+    """The quantizers of what the layer of a target is given, and of what it returns.
+
+    Args:
+        target: a weight that ``install`` returned.
+
+    Returns:
+        None, one or two.
+    """
+    found = (input_quantizer(target.module), output_quantizer(target.module))
+    return [q for q in found if isinstance(q, TrainingQuantizer)]
+
+
+def _install_weight(model: nn.Module, target: Target, method: str, transform: Quantize, bits: int) -> bool:
+    weight, out = target.weight, target.axes.out
+    wanted = LearnedWeight if method == "lsq" else CalibratedWeight
+    present = weight_quantizer(*_place(target))
+    if type(present) is wanted:
+        return False
+    quantizer: WeightQuantizer
+    if method == "lsq":
+        quantizer = LearnedWeight(bits, weight.detach(), transform.granularity, out, transform.narrow)
+        quantizer.initialized = False  # a checkpoint may still bring other weights
+    else:
+        quantizer = CalibratedWeight(transform.grid(bits), weight.detach(), out)
+    quantizer.to(weight.device)
+    places = [_place(target)]
+    modules = {clean(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    for alias in target.aliases:
+        name, _, param = alias.rpartition(".")
+        if modules[name] is not places[0][0]:
+            places.append((modules[name], param))
+    for holder, param in places:  # tied weights share their quantizer
+        quantize_weight(holder, param, quantizer)
+    return True
+
+
+def _install_input(layer: nn.Module, method: str, momentum: float, bits: int, outputs: bool) -> bool:
+    make: dict[str, Callable[[], TrainingQuantizer]] = {
+        "fake_quant": lambda: ObservedInput(bits, momentum),
+        "lsq": lambda: LearnedInput(bits),
+        "pact": lambda: ClippedInput(bits),
+    }
+    device = next(layer.parameters()).device
+    new = False
+    for output, present in (
+        (False, input_quantizer(layer)),
+        *([(True, output_quantizer(layer))] if outputs else []),
+    ):
+        quantizer = make[method]().to(device)
+        if type(present) is not type(quantizer):
+            quantize_input(layer, quantizer, output)
+            new = True
+    return new
+
+
+# -- state -----------------------------------------------------------------------------------------------------
+
+
+def quantizers(model: nn.Module) -> dict[str, TrainingQuantizer]:
+    """The quantizers of a model that training sets.
+
+    Args:
+        model: any module, also compiled.
+
+    Returns:
+        Clean module name -> quantizer, shared ones once.
+    """
+    return {clean(n): m for n, m in model.named_modules() if isinstance(m, TrainingQuantizer)}
+
+
+def restore(own: Mapping[str, TrainingQuantizer], states: Mapping[str, Mapping[str, Any]]) -> None:
+    """Bring quantizers to stored states.
+
+    Args:
+        own: quantizer name -> quantizer.
+        states: quantizer name -> what its ``state()`` gave.
+
+    Raises:
+        ValueError: other quantizers, with the names.
+    """
+    if own.keys() != states.keys():
+        differ = sorted(own.keys() ^ states.keys())
+        raise ValueError(
+            f"the stored quantizers are not those of this model; only one of the two has: {listing(differ)}. Use the "
+            "model, the method, and the include and exclude patterns of the checkpoint."
+        )
+    for name, quantizer in own.items():
+        try:
+            quantizer.restore(states[name])
+        except ValueError as error:
+            raise ValueError(f"the stored quantizer {name} does not fit: {error}") from None
+
+
+def parameter_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Learned steps and clips apart from all other parameters, for ``configure_optimizers``.
+
+    Steps should not decay: ``weight_decay`` would pull them to zero, and with them the range. The callback puts them
+    into the model before ``configure_optimizers`` runs.
+
+    Args:
+        module: the LightningModule, or a part of it.
+
+    Returns:
+        Parameters of quantizers, and all others, each in the order of ``module.parameters()``. Without the callback
+        the first list is empty, which optimizers accept in one of several groups.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(4, 2))
+        >>> steps, others = parameter_groups(net)
+        >>> optimizer = torch.optim.AdamW([{"params": others}, {"params": steps, "weight_decay": 0.0}])
+        >>> len(steps), len(others)
+        (0, 2)
+
+    Source: Esser et al. 2020, Learned Step Size Quantization.
+    """
+    ours = {id(p) for q in quantizers(module).values() for p in q.parameters()}
+    parameters = list(module.parameters())
+    return [p for p in parameters if id(p) in ours], [p for p in parameters if id(p) not in ours]
+
+
+def remap_optimizer_state(
+    optimizer: Optimizer, saved: Mapping[str, Any], ours: Iterable[Tensor]
+) -> dict[str, Any] | None:
+    """The state of an optimizer from before there were quantizers, as the present one has its parameters.
+
+    Optimizers number their parameters. The saved numbers are given to the parameters that are not ours, in order;
+    ours start without state. A group that holds nothing but ours may be missing.
+
+    Args:
+        optimizer: the present one.
+        saved: ``optimizer.state_dict()`` of the dense run.
+        ours: parameters of quantizers.
+
+    Returns:
+        A state dict for ``optimizer.load_state_dict``; None if the saved one is not such a dense one.
+    """
+    ids = {id(p) for p in ours}
+    groups = optimizer.param_groups
+    if [len(g["params"]) for g in groups] == [len(g["params"]) for g in saved["param_groups"]]:
+        return None
+    own = [[p for p in g["params"] if id(p) not in ids] for g in groups]
+    paired = [i for i, g in enumerate(groups) if own[i] or not g["params"]]
+    if len(paired) != len(saved["param_groups"]):
+        return None
+    state, made, number = {}, [], 0
+    matches = dict(zip(paired, saved["param_groups"], strict=True))
+    for i, group in enumerate(groups):
+        old = matches.get(i)
+        if old is not None and len(old["params"]) != len(own[i]):
+            return None
+        numbers = iter(old["params"] if old is not None else ())
+        for offset, parameter in enumerate(group["params"]):
+            if id(parameter) not in ids:
+                key = next(numbers)
+                if key in saved["state"]:
+                    state[number + offset] = saved["state"][key]
+        options = {
+            k: v for k, v in (group if old is None else old).items() if k not in ("params", "param_names")
+        }
+        made.append({**options, "params": list(range(number, number + len(group["params"])))})
+        number += len(group["params"])
+    return {**saved, "state": state, "param_groups": made}
+
+
+# -- measure ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure(target: Target) -> dict[str, float]:
+    """How well the grid of a weight serves it.
+
+    - ``sqnr_db``: ``10 log10(sum w^2 / sum (w - w^)^2)``, left out where nothing is lost
+    - ``levels_used``: distinct integers / integers of the grid; a range that was lost shows as few
+    - ``step``: mean learned step
+
+    Args:
+        target: one that ``install`` returned.
+
+    Returns:
+        Quantity -> value.
+    """
+    quantizer, weight = quantizer_of(target), target.weight.detach()
+    if not quantizer.enabled:
+        return {}
+    found = {}
+    values = real(weight).double()
+    lost = float((values - real(quantizer(weight)).double()).square().sum())
+    if lost > 0:
+        found["sqnr_db"] = 10 * math.log10(max(float(values.square().sum()), 1e-300) / lost)
+    code = quantizer.code(weight)
+    integers = code.arrays(weight)["codes"].flatten().long()
+    levels = 2 if code.width == 1 else getattr(code, "qmax", 2**code.width - 1) - getattr(code, "qmin", 0) + 1
+    found["levels_used"] = len(torch.unique(integers)) / levels
+    if isinstance(quantizer, LearnedWeight) and quantizer.bits > 1:
+        found["step"] = float(quantizer.step.mean())
+    return found

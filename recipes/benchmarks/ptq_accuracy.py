@@ -1,0 +1,112 @@
+"""What post-training quantization costs in accuracy: CIFAR ResNets, with no data, or with 1,024 training images.
+
+    python recipes/benchmarks/ptq_accuracy.py --data DIR --checkpoint resnet20=A.safetensors resnet56=B.safetensors
+
+Checkpoints and data are those of ``recipes/cifar_resnet.py``. BatchNorm is folded first; "no data" means inputs that
+were synthesized from the network's own BatchNorm statistics. The first and last layer keep 8 bits, but for "all layers"
+rows. Every row is one network that was really quantized, written and read back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lightning_compress as lc
+from lightning_compress.stats import Calibration
+from lightning_compress.tables import text
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from cifar_resnet import augment, build, normalize, read  # noqa: E402
+
+BEST = {"edge_bits": 8, "rounding": "compensated", "bias_correction": True}
+PLAIN = {"edge_bits": 8}
+ROWS: list[tuple[str, bool, dict[str, Any]]] = [  # name, with data, options
+    ("W8", False, {"bits": 8}),
+    ("W6", False, {"bits": 6, **PLAIN}),
+    ("W4, nearest", False, {"bits": 4, **PLAIN}),
+    ("W4", False, {"bits": 4, **BEST}),
+    ("W4, all layers", False, {"bits": 4, **BEST, "edge_bits": None}),
+    ("W3, nearest", False, {"bits": 3, **PLAIN}),
+    ("W3", False, {"bits": 3, **BEST}),
+    ("W8A8", False, {"bits": 8, "activation_bits": 8}),
+    ("W4A8", False, {"bits": 4, "activation_bits": 8, **BEST}),
+    ("W8A8", True, {"bits": 8, "activation_bits": 8}),
+    ("W4", True, {"bits": 4, **BEST}),
+    ("W4A8", True, {"bits": 4, "activation_bits": 8, **BEST}),
+    ("W3A8", True, {"bits": 3, "activation_bits": 8, **BEST}),
+    ("W4A4", True, {"bits": 4, "activation_bits": 4, "activation_calibrator": "mse", **BEST}),
+]
+
+
+@torch.inference_mode()
+def top1(net: nn.Module, images: Tensor, labels: Tensor) -> float:
+    found = torch.cat([net.eval()(normalize(batch)).argmax(1) for batch in images.split(500)])
+    return float((found == labels).float().mean())
+
+
+def quantized(
+    net: nn.Module, inputs: Calibration, options: dict[str, Any], seed: int
+) -> nn.Module:
+    transforms = [lc.FuseBatchNorm(), lc.Quantize(samples=inputs.samples, **options)]
+    return lc.compress(
+        net, transforms, example_input=inputs.example_input, data=inputs.data, seed=seed
+    ).model
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--checkpoint", nargs="+", required=True, help="arch=file, for every architecture")
+    parser.add_argument("--data", help="folder of .npz packs; left out, torchvision downloads CIFAR-10")
+    parser.add_argument("--rows", nargs="+", help="only the rows whose name begins so")
+    parser.add_argument("--samples", type=int, default=256, help="synthesized inputs")
+    parser.add_argument("--calibration", type=int, default=1024, help="training images")
+    parser.add_argument("--limit-test", type=int, help="use the first so many test images")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/ptq_accuracy"))
+    options = parser.parse_args(argv)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    images, labels = read(options.data, False, options.limit_test)
+    rows = [row for row in ROWS if not options.rows or row[0].startswith(tuple(options.rows))]
+    table: dict[tuple[str, bool], list[Any]] = {}
+    header = ["network", "inputs"]
+    for given in options.checkpoint:
+        arch, _, file = given.partition("=")
+        net = build(arch, file).eval()
+        x = normalize(images[:1])
+        inputs = {False: Calibration(x, synthesized(net, x, options), options.samples, options.seed)}
+        if any(with_data for _, with_data, _ in rows):
+            torch.manual_seed(options.seed)
+            train = normalize(augment(read(options.data, True, options.calibration)[0]))
+            inputs[True] = Calibration(x, train.split(128), options.calibration, options.seed)
+        dense = top1(net, images, labels)
+        header += [f"{arch} top-1", "loss", "file_bytes"]
+        info = lc.save(net, options.output_dir / f"{arch}.lcz")
+        table.setdefault(("float32", False), ["float32", ""]).extend([f"{dense:.2%}", "", info.file_bytes])
+        for name, with_data, wanted in rows:
+            begin = time.perf_counter()
+            small = quantized(net, inputs[with_data], wanted, options.seed)
+            accuracy = top1(small, images, labels)
+            info = lc.save(small, options.output_dir / f"{arch}.lcz")
+            source = f"{options.calibration} images" if with_data else "no data"
+            cells = table.setdefault((name, with_data), [name, source])
+            cells.extend([f"{accuracy:.2%}", f"{100 * (dense - accuracy):.2f}", info.file_bytes])
+            took = time.perf_counter() - begin
+            print(f"{arch} {name}, {source}: {accuracy:.2%}, {took:.0f} s", flush=True)
+    print(text(header, list(table.values())))
+
+
+def synthesized(net: nn.Module, x: Tensor, options: argparse.Namespace) -> list[Tensor]:
+    """The inputs that every row without data uses: synthesized once."""
+    drawn = Calibration(x, "batchnorm", options.samples, options.seed)
+    return list(drawn.batches(net))
+
+
+if __name__ == "__main__":
+    main()
