@@ -41,11 +41,11 @@ def quantize(**options: Any) -> Case:
 
 CASES = [
     quantize(),
-    quantize(symmetric=False, granularity="per_group:3"),
+    quantize(symmetric=False, granularity="per_tensor"),
     quantize(activation_bits=8),
     quantize(activation_bits=8, mode="dynamic", format="log2"),
     quantize(rounding="compensated", bias_correction=True, granularity="per_tensor"),
-    Case((lc.Quantize(format="e4m3", include=["*", "embedding"]),)),
+    Case((lc.Quantize(format="e4m3"),), None, {"format": "e4m3"}),
     prune(),
     prune(criterion="random", scope="layer"),
     prune(scope="row"),
@@ -154,10 +154,8 @@ def test_keys_order_and_parameters_are_kept_or_the_rewrite_is_declared(case, kin
     m = model(kind)
     keys, ids = list(m.state_dict()), [id(p) for p in m.parameters()]
     run(case.levels[-1], m, inplace=True)
-    if case.levels[0].structural:
-        assert set(map(id, m.parameters())) & set(ids) and list(m.state_dict()) != keys
-    else:
-        assert list(m.state_dict()) == keys and [id(p) for p in m.parameters()] == ids
+    kept = list(m.state_dict()) == keys and [id(p) for p in m.parameters()] == ids
+    assert kept or (case.levels[0].structural and set(map(id, m.parameters())) & set(ids))
 
 
 def test_shape_dtype_and_complexness_are_kept(case, kind):
@@ -177,7 +175,7 @@ def test_forward_runs_and_strength_counts(case, kind):
     results = [run(t, m) for t in case.levels]
     assert all(torch.isfinite(r.model(X)).all() for r in results)
     bits = [r.before.bits for r in results[:1]] + [r.after.bits for r in results]
-    assert bits == sorted(bits, reverse=True) or case.levels[0].structural
+    assert bits == sorted(bits, reverse=True)
 
 
 def test_copies_and_pickles_are_equal(case, kind):

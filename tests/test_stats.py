@@ -362,7 +362,7 @@ def test_ranges_and_histogram() -> None:
         layer.weight.copy_(torch.tensor([[1.0, 2.0]]))
         layer.bias.fill_(10.0)
     batches = [torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, -3.0]]), torch.tensor([[0.5, 7.0]])]
-    stats = only(layer, batches, "input_range", "output_range", "histogram")
+    stats = only(layer, batches, "input_range", "output_range", "histogram", "output_histogram")
     assert stats.input_range == (-3.0, 7.0)
     assert stats.output_range == (10.0 + 1 - 6, 10.0 + 0.5 + 14)
     counts, upper = stats.histogram
@@ -370,6 +370,10 @@ def test_ranges_and_histogram() -> None:
     assert upper == 8.0
     expected, _ = np.histogram(torch.cat(batches).numpy(), bins=2 * 2048, range=(-8, 8))
     assert np.array_equal(counts.numpy(), expected)
+    counts, upper = stats.output_histogram
+    outputs = layer(torch.cat(batches)).detach().numpy()
+    expected, _ = np.histogram(outputs, bins=2 * 2048, range=(-32, 32))
+    assert upper == 32.0 and np.array_equal(counts.numpy(), expected)
 
 
 finite = st.floats(-1e6, 1e6, width=32)
@@ -454,7 +458,17 @@ def test_loss_needs_labels_and_fields_need_names() -> None:
 
 
 @pytest.mark.parametrize(
-    "what", ["input_norm", "input_mean", "gram", "input_range", "output_range", "histogram", "gradient"]
+    "what",
+    [
+        "input_norm",
+        "input_mean",
+        "gram",
+        "input_range",
+        "output_range",
+        "histogram",
+        "output_histogram",
+        "gradient",
+    ],
 )
 def test_a_layer_that_never_ran_is_named(what: str) -> None:
     class Unused(nn.Module):

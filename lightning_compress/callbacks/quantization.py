@@ -155,7 +155,9 @@ class QuantizationAwareTraining(ScheduledCallback):
         self._averages: averages.Averages = {}
         self._waiting: set[str] = set()  # quantizers that have seen no batch
         self._norms: list[_BatchNorm] = []
+        self._frozen: list[_BatchNorm] = []  # norms that were training
         self._phase: tuple[bool, ...] = ()
+        self._eager: Any = None  # torch.compile held back
 
     def _options(
         self,
@@ -415,18 +417,28 @@ class QuantizationAwareTraining(ScheduledCallback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Hold BatchNorm frozen, whatever has switched modes in between."""
-        if not (self._phase and self._phase[2]) or trainer.fit_loop._skip_backward:
-            return  # Lightning's SWA measures the statistics anew in an epoch without steps
-        for norm in self._norms:
-            if norm.training:
-                norm.eval()
-                self._undo.append(norm.train)
+        if self._waiting and self._eager is None:
+            # First batches decide on signs in Python: compiled, they would be split into a graph for every layer.
+            self._eager = torch.compiler.set_stance("force_eager")
+            self._undo.append(self._compile_again)
+        if trainer.fit_loop._skip_backward:  # Lightning's SWA measures the statistics anew, in an epoch without steps
+            self._thaw()
+        elif self._phase and self._phase[2]:
+            for norm in self._norms:
+                if norm.training:
+                    norm.eval()
+                    self._frozen.append(norm)
+
+    def _thaw(self) -> None:
+        while self._frozen:
+            self._frozen.pop().train()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look after quantizers that have just seen their first batch."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._compile_again()
         if not self._waiting:
             return
         started = {name for name in self._waiting if self._quantizers[name].initialized}
@@ -439,6 +451,11 @@ class QuantizationAwareTraining(ScheduledCallback):
             rank_zero_info(
                 f"PACT: {listing(sorted(clipped))} take negative values, so they clip to [-alpha, alpha]."
             )
+
+    def _compile_again(self) -> None:
+        if self._eager is not None:
+            self._eager.__exit__(None, None, None)
+            self._eager = None
 
     def counts_steps_of(self, optimizer: Optimizer) -> bool:
         """An optimizer that updates a weight or a step."""
@@ -492,6 +509,7 @@ class QuantizationAwareTraining(ScheduledCallback):
 
     def _release(self) -> None:
         super()._release()
+        self._thaw()
         self._kept = self._states()
         self._forget()
 
@@ -573,7 +591,7 @@ class QuantizationAwareTraining(ScheduledCallback):
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         stored = checkpoint.get("callbacks", {}).get(self.state_key, {})
         for quantizer in self._quantizers.values() if not stored else ():
-            quantizer.initialized = False  # other weights: steps of earlier ones are worth nothing
+            quantizer.forget()  # other weights: steps of earlier ones are worth nothing
         present = averages.averages_of(trainer)
         for kind, module in present.items():
             plain = {name: state["tensors"] for name, state in stored.get("quantizers", {}).items()}

@@ -1,4 +1,4 @@
-"""Tidying the graph that torch's exporter wrote: nothing twice, nothing unused, integer weights the way they are read."""
+"""Tidying the graph that torch's exporter wrote: nothing twice, nothing unused, weights the way they are read."""
 
 from __future__ import annotations
 
@@ -107,21 +107,28 @@ def _transpose_integers(graph: Any) -> None:
             stored[name] = onnx.numpy_helper.from_array(turned, name)
             graph.initializer.append(stored[name])
         axes = [a for a in source.attribute if a.name == "axis"]
-        options = {"axis": permutation.index(axes[0].i)} if axes else {}
-        replacement = onnx.helper.make_node(
-            "DequantizeLinear", [name, *source.input[1:]], list(node.output), node.name, **options
+        turned_node = onnx.helper.make_node(
+            "DequantizeLinear", [name, *source.input[1:]], list(node.output), node.name
         )
-        node.CopyFrom(replacement)
+        if axes:
+            turned_node.attribute.append(onnx.helper.make_attribute("axis", permutation.index(axes[0].i)))
+        node.CopyFrom(turned_node)
 
 
 def _share_nodes(graph: Any) -> None:
-    """The same rounding of the same tensor happens once."""
+    """The same rounding of the same tensor happens once, also where it is applied to what it gave."""
     first: dict[tuple[Any, ...], str] = {}
     outputs = {output.name for output in graph.output}
     same: dict[str, str] = {}
+    dequantized: dict[tuple[str, ...], str] = {}
     for node in graph.node:
         for i, name in enumerate(node.input):
             node.input[i] = same.get(name, name)
+        if node.op_type == "DequantizeLinear":
+            dequantized[node.output[0], *node.input[1:]] = node.input[0]
+        if node.op_type == "QuantizeLinear" and tuple(node.input) in dequantized:
+            same[node.output[0]] = dequantized[tuple(node.input)]
+            continue
         if node.op_type in _PURE and node.output[0] not in outputs:
             options = tuple(sorted(a.SerializeToString(deterministic=True) for a in node.attribute))
             key = (node.op_type, tuple(node.input), options)

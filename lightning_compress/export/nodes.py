@@ -54,7 +54,7 @@ class StoredIntegers(nn.Module):
         self.used = True
         zero_point = () if self.zero_point is None else (self.zero_point,)
         options = {} if self.axis is None else {"axis_i": self.axis}
-        result: Tensor = _Dequantize.apply(  # type: ignore[no-untyped-call]
+        result: Tensor = _Dequantize.apply(
             options, self.moved, self.value, self.codes, self.scale, *zero_point
         )
         return result
@@ -84,7 +84,7 @@ class RoundedValues(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape and dtype of x."""
-        result: Tensor = _QuantizeDequantize.apply(x, self.scale, self.zero_point, self.quantizer)  # type: ignore[no-untyped-call]
+        result: Tensor = _QuantizeDequantize.apply(x, self.scale, self.zero_point, self.quantizer)
         return result
 
 
@@ -125,6 +125,9 @@ class _Dequantize(torch.autograd.Function):
 class _QuantizeDequantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quantizer: InputQuantizer) -> Tensor:
+        x = (
+            x.clone()
+        )  # of itself the tracer would take what comes out of x.to(its own dtype) for x from here on
         scale, zero_point = quantizer.qparams(x)
         return fake_quantize(x, scale, zero_point, quantizer.qmin, quantizer.qmax)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.export.graph import tidy
-from lightning_compress.stats.running import call, observing
+from lightning_compress.stats.running import observing
 
 
 class Flat(nn.Module):
@@ -46,7 +46,9 @@ class Flat(nn.Module):
         leaves = list(self.leaves)
         for place, tensor in zip(self.places, tensors, strict=True):
             leaves[place] = tensor
-        out = call(self.model, pytree.tree_unflatten(leaves, self.structure))
+        x = pytree.tree_unflatten(leaves, self.structure)
+        args, kwargs = ((), x) if isinstance(x, Mapping) else (x if isinstance(x, tuple) else (x,), {})
+        out = self.model(*args, **kwargs)
         return tuple(t for t in pytree.tree_leaves(out) if isinstance(t, Tensor))
 
 
@@ -72,7 +74,7 @@ def serialized(flat: Flat, dynamic_axes: bool, opset: int) -> bytes:
     free = {name: {0: "samples"} for name, t in named if samples and t.shape[:1] == samples}
     buffer = io.BytesIO()
     with observing(flat), warnings.catch_warnings():
-        # The exporter that needs no further package is an older one, which says so; slices it cannot fold are no matter.
+        # The exporter that needs no other package is the older one, which says so; what it cannot fold is no matter.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", "Constant folding")
         torch.onnx.export(

@@ -1,4 +1,4 @@
-"""``export_onnx``: a quantized model as a file of integers for ONNX Runtime, compared with the model before it is kept."""
+"""``export_onnx``: a quantized model as a file of integers, compared with the model before it is kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from lightning_compress.export.report import ExportedLayer, ExportReport
 from lightning_compress.export.trace import Flat, serialized
 from lightning_compress.finalize import finalize
 from lightning_compress.fusion import FuseBatchNorm
-from lightning_compress.fusion.fold import NORMS
 from lightning_compress.stats import Calibration
 from lightning_compress.stats.running import move, unwrap
 from lightning_compress.tables import reasons
@@ -132,7 +131,7 @@ def export_onnx(
 
 
 def _versions(check: bool) -> dict[str, str]:
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     try:
         import onnx
 
@@ -167,7 +166,7 @@ def _single(model: nn.Module) -> nn.Module:
 def _fused(plain: nn.Module, x: Any) -> tuple[nn.Module, str]:
     """A copy with BatchNorm folded where it can be, and which stay."""
     fused = copy.deepcopy(plain)
-    if not any(isinstance(m, NORMS) for m in fused.modules()):
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules()):
         return fused, ""
     fuse = FuseBatchNorm()
     plan = fuse.plan(fused, Calibration(example_input=x))

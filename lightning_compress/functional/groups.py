@@ -133,7 +133,7 @@ class Groups:
 
     def count(self, shape: Sequence[int]) -> int:
         """Number of groups G of a tensor of this shape."""
-        kept = math.prod(shape[axis] for axis in self.axes)
+        kept = math.prod([shape[axis] for axis in self.axes])  # a list: torch.compile traces no generator
         return kept * -(-(math.prod(shape) // kept) // self.size) if self.size else kept
 
     def blocks(self, x: Tensor) -> list[Tensor]:
@@ -166,7 +166,7 @@ class Groups:
         return wide.reshape(rows, *others, *tail).movedim(0, out)
 
     def _rows(self, x: Tensor) -> Tensor:
-        kept = math.prod(x.shape[axis] for axis in self.axes)
+        kept = math.prod([x.shape[axis] for axis in self.axes])
         return x.movedim(self.axes, tuple(range(len(self.axes)))).reshape(kept, -1)
 
 

@@ -1,6 +1,7 @@
 """BatchNorm into the layer beside it: one layer less, the same outputs.
 
-Reading order: `fold` (the arithmetic), `connections` (which tensor goes where), `fuse` (the transform).
+Reading order: `fold` (the arithmetic), `fuse` (the transform); which tensor goes where is in `connections`, one
+folder up.
 """
 
 from lightning_compress.fusion.fold import fold_batchnorm

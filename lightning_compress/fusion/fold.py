@@ -8,11 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import codes
+from lightning_compress.connections import TRANSPOSED, tensors_of
 from lightning_compress.targets import parameter
-
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def fold_batchnorm(
@@ -98,11 +95,6 @@ def affine(tensors: Mapping[str, Tensor | None], eps: float) -> tuple[Tensor, Te
         scale = wide["weight"] * scale
     shift = -wide["running_mean"] * scale
     return scale, wide["bias"] + shift if "bias" in wide else shift
-
-
-def tensors_of(layer: nn.Module) -> dict[str, Tensor | None]:
-    """The layer's own parameters and buffers by name."""
-    return {**layer._parameters, **layer._buffers}
 
 
 def channels(layer: nn.Module, place: str) -> int:

@@ -11,20 +11,26 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from lightning_compress.fusion.connections import Connections, Watch, output, tensors_in, trace
-from lightning_compress.fusion.fold import (
+from lightning_compress.connections import (
     LAYERS,
     NORMS,
     TRANSPOSED,
+    Connections,
+    Watch,
+    output,
+    tensors_in,
+    tensors_of,
+    trace,
+)
+from lightning_compress.finalize import plain_class
+from lightning_compress.fusion.fold import (
     affine,
     channels,
     fold_into,
     fold_tensors,
     on_grid,
     rescaled,
-    tensors_of,
 )
-from lightning_compress.finalize import plain_class
 from lightning_compress.names import clean, matches
 from lightning_compress.plans import Plan
 from lightning_compress.stats import Calibration

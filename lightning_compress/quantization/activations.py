@@ -65,6 +65,7 @@ def choose(
         width = 2 * upper / len(counts)
         centres = -upper + width * (torch.arange(len(counts), dtype=torch.float64) + 0.5)
         centres = centres.clamp(*extremes)  # the outermost bins are not full
+        centres[len(counts) // 2] = 0.0  # the zeros of a ReLU, which are no small positive values
         seen = counts > 0
         lo, hi = calibrate(
             calibrator,

@@ -187,7 +187,8 @@ class Grid:
         def scale_of(clip: Tensor) -> Tensor:
             scale = clip / most
             if kind.scale == "po2":
-                scale = torch.exp2(torch.log2(scale.clamp_min(torch.finfo(torch.float32).tiny)).ceil())
+                fraction, exponent = torch.frexp(scale)
+                scale = formats.power_of_two((exponent - (fraction == 0.5).int()).clamp(-126, 127))
             return torch.where((clip > 0) & (scale >= torch.finfo(torch.float32).tiny), scale, 1.0)
 
         def error(rows: Tensor, lo: Tensor, hi: Tensor) -> Tensor:

@@ -154,14 +154,18 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         quantizer, after = self._modules.get(_INPUT), self._modules.get(_OUTPUT)
         if quantizer is not None:
-            met: dict[int, Tensor] = {}  # self-attention tells by identity that its arguments are one
+            met: list[tuple[Tensor, Tensor]] = []
 
             def rounded(value: Any) -> Any:
                 if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
                     return value
-                if id(value) not in met:
-                    met[id(value)] = quantizer(value)
-                return met[id(value)]
+                if count == 1:
+                    return quantizer(value)
+                for given, result in met:
+                    if given is value:  # self-attention tells by identity that its arguments are one
+                        return result
+                met.append((value, quantizer(value)))
+                return met[-1][1]
 
             args = tuple(rounded(a) if i < count else a for i, a in enumerate(args))
             if not args or count == 3:

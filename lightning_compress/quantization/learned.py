@@ -86,6 +86,8 @@ class LearnedWeight(WeightQuantizer):
         super().__init__(bits)
         self.groups = Groups.of(granularity_of(granularity), weight.shape, out)
         self.narrow = narrow
+        # Real numbers that share a step; runs that are cut off at the end of a row count as the average.
+        self.share = real(weight).numel() / self.groups.count(weight.shape)
         self.step = nn.Parameter(self._initial(weight))
 
     @property
@@ -116,7 +118,7 @@ class LearnedWeight(WeightQuantizer):
         if self.bits == 1:
             return attached(binary_weight(weight, self._expand(self._means(weight), weight)), self.step)
         step, (qmin, qmax) = self._expand(self._steps(weight), weight), self.range
-        rounded = learned_step(real(weight), step, qmin, qmax, 1 / math.sqrt(self._size(weight) * qmax))
+        rounded = learned_step(real(weight), step, qmin, qmax, 1 / math.sqrt(self.share * qmax))
         return like(rounded, weight.dtype)
 
     def code(self, weight: Tensor) -> Affine:
@@ -128,10 +130,6 @@ class LearnedWeight(WeightQuantizer):
     def _steps(self, weight: Tensor) -> Tensor:
         """The learned steps; before there are any, those that training would start with."""
         return self.step if self.initialized else self._initial(weight)
-
-    def _size(self, weight: Tensor) -> float:
-        """Real numbers that share a step; runs that are cut off at the end of a row count as the average."""
-        return real(weight).numel() / self.groups.count(weight.shape)
 
     def _expand(self, step: Tensor, weight: Tensor) -> Tensor:
         return self.groups.expand(step, weight.shape, weight.is_complex())
@@ -147,7 +145,7 @@ class LearnedWeight(WeightQuantizer):
                 [block.abs().float().mean(1) for block in self.groups.blocks(weight)], weight.shape
             ),
         )
-        mean = torch.where(mean > 0, mean, 0.5 / math.sqrt(self._size(weight)))
+        mean = torch.where(mean > 0, mean, 0.5 / math.sqrt(self.share))
         return (2 * mean / math.sqrt(qmax)).clamp_min(SMALLEST)
 
 
@@ -211,13 +209,12 @@ class LearnedInput(TrainingQuantizer):
     def frozen(self) -> InputQuantizer:
         """The present grid."""
         qmin, qmax = self.range
-        return InputQuantizer(self.bits, float(self.scale), 0, qmin, qmax)
+        return InputQuantizer(self.bits, float(self.scale.detach()), 0, qmin, qmax)
 
     def _gradient_scale(self, x: Tensor) -> float:
         samples = x.shape[0] if x.dim() > 1 else 1
         return 1 / math.sqrt(max(x.numel() // max(samples, 1), 1) * self.range[1])
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _start(self, x: Tensor) -> None:
         """All processes start alike; a batch of zeros says nothing."""

@@ -50,6 +50,9 @@ class CalibratedWeight(WeightQuantizer):
         self.grid, self.out = grid, out
         self.groups = Groups.of(granularity_of(grid.granularity), weight.shape, out)
 
+    def forget(self) -> None:
+        """Nothing is remembered."""
+
     def set_bits(self, bits: int) -> None:
         """Another grid, calibrated from the next pass on."""
         super().set_bits(bits)
@@ -88,17 +91,11 @@ class CalibratedWeight(WeightQuantizer):
         if self.bits == 1:
             return group_means(self.groups, weight), None
         (qmin, qmax), symmetric = self._range, self.grid.symmetric
-        pairs = []
-        for block in self.groups.blocks(weight.detach()):
-            lo, hi = calibrate(
-                self.grid.calibrator,
-                block.float(),
-                qmin=qmin,
-                qmax=qmax,
-                symmetric=symmetric,
-                percentile=self.grid.percentile,
-            )
-            pairs.append(choose_qparams(lo, hi, qmin, qmax, symmetric))
+        calibrator, percentile = self.grid.calibrator, self.grid.percentile
+        pairs = [
+            _calibrated(block.float(), calibrator, qmin, qmax, symmetric, percentile)
+            for block in self.groups.blocks(weight.detach())
+        ]
         scale, zero = (self.groups.join(list(parts), weight.shape) for parts in zip(*pairs, strict=True))
         return scale, None if symmetric else zero
 
@@ -162,7 +159,7 @@ class ObservedInput(TrainingQuantizer):
     def frozen(self) -> InputQuantizer:
         """The present grid."""
         qmin, qmax = self.range
-        return InputQuantizer(self.bits, float(self.scale), 0, qmin, qmax)
+        return InputQuantizer(self.bits, float(self.scale.detach()), 0, qmin, qmax)
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
@@ -176,7 +173,6 @@ class ObservedInput(TrainingQuantizer):
         for value, seen in ((self.low, low), (self.high, high)):
             value.copy_(torch.where(finite, value + self.momentum * (seen - value), value))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _start(self, low: Tensor, high: Tensor) -> None:
         if bool(torch.isfinite(high - low)):
             self.low.copy_(low)
@@ -193,3 +189,19 @@ class ObservedInput(TrainingQuantizer):
             self.signed = True
             return True
         return False
+
+
+# An operator of its own: torch.compile takes it as it is, in place of tracing 81 passes over every weight.
+@torch.library.custom_op("lightning_compress::calibrated", mutates_args=())
+def _calibrated(
+    rows: Tensor, calibrator: str, qmin: int, qmax: int, symmetric: bool, percentile: float
+) -> tuple[Tensor, Tensor]:
+    lo, hi = calibrate(calibrator, rows, qmin=qmin, qmax=qmax, symmetric=symmetric, percentile=percentile)
+    return choose_qparams(lo, hi, qmin, qmax, symmetric)
+
+
+@_calibrated.register_fake
+def _(
+    rows: Tensor, calibrator: str, qmin: int, qmax: int, symmetric: bool, percentile: float
+) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape[0]), rows.new_empty(rows.shape[0], dtype=torch.int32)

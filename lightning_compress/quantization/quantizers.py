@@ -101,6 +101,10 @@ class TrainingQuantizer(Quantizer):
         """Whether values are rounded now, in eval mode."""
         return self.enabled and self.initialized
 
+    def forget(self) -> None:
+        """Wait for other values to start from."""
+        self.initialized = False
+
     def set_bits(self, bits: int) -> None:
         """Another grid; what is learned of the range stays.
 

@@ -184,7 +184,7 @@ def _install_weight(model: nn.Module, target: Target, method: str, transform: Qu
     quantizer: WeightQuantizer
     if method == "lsq":
         quantizer = LearnedWeight(bits, weight.detach(), transform.granularity, out, transform.narrow)
-        quantizer.initialized = False  # a checkpoint may still bring other weights
+        quantizer.forget()  # a checkpoint may still bring other weights
     else:
         quantizer = CalibratedWeight(transform.grid(bits), weight.detach(), out)
     quantizer.to(weight.device)

@@ -159,7 +159,7 @@ class Calibration:
                 "calibration needs inputs: give data= (batches, a loader) or example_input= (to draw inputs)."
             )
         if sampler == _MATCHED:
-            return map(_Inputs, self._match(self._origin(model)).split(_BATCH))
+            return map(_Inputs, torch.split(self._match(self._origin(model)), _BATCH))
         generator = torch.Generator().manual_seed(self.seed)
         sizes = [min(_BATCH, self.samples - start) for start in range(0, self.samples, _BATCH)]
         if isinstance(sampler, str):

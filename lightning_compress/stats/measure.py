@@ -35,6 +35,7 @@ class Stats:
         output_range: the same of its output.
         histogram: counts of the input's entries (real and imaginary parts of complex ones) in 2 x 2048 equal
             bins on [-upper, upper), and upper, a power of two.
+        output_histogram: the same of its output.
         gradient: ``E |g|^2`` per entry, E over single samples, g the gradient of the loss. float32, shape of
             the weight.
         count: number of samples.
@@ -48,13 +49,15 @@ class Stats:
     input_range: tuple[float, float] | None = None
     output_range: tuple[float, float] | None = None
     histogram: tuple[Tensor, float] | None = None
+    output_histogram: tuple[Tensor, float] | None = None
     gradient: Tensor | None = None
     count: int = 0
     rows: int = 0
 
 
-_FIELDS = ("input_norm", "input_mean", "gram", "input_range", "output_range", "histogram", "gradient")
 _FACTORS = frozenset(("input_norm", "input_mean", "gram"))  # of the inputs as the weight multiplies them
+_ENDS = ("input_range", "output_range", "histogram", "output_histogram")  # of a module's input and output
+_FIELDS = ("input_norm", "input_mean", "gram", *_ENDS, "gradient")
 
 
 def collect(
@@ -156,7 +159,7 @@ class _Tracker:
         self.moments: Tensor | None = None  # sums of |x|^2, x and 1: [3, *broadcastable to the weight]
         self.gram: Tensor | None = None
         self.range = {"input_range": (math.inf, -math.inf), "output_range": (math.inf, -math.inf)}
-        self.histogram = Histogram()
+        self.histograms = {"histogram": Histogram(), "output_histogram": Histogram()}
         self.gradient: Tensor | None = None
 
     def product(self, x: Tensor, used: Tensor) -> None:
@@ -217,14 +220,12 @@ class _Tracker:
     def watch(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook of the target's module."""
         self.called = True
-        x = first_tensor((args, kwargs))
-        if x is not None and self.wanted & {"input_range", "histogram"}:
-            self._widen("input_range", x)
-            if "histogram" in self.wanted:
-                self.histogram.add(x)
-        out = first_tensor(output)
-        if out is not None and "output_range" in self.wanted:
-            self._widen("output_range", out)
+        x, out = first_tensor((args, kwargs)), first_tensor(output)
+        for tensor, extremes, counts in ((x, *_ENDS[::2]), (out, *_ENDS[1::2])):
+            if tensor is not None and self.wanted & {extremes, counts}:
+                self._widen(extremes, tensor)
+                if counts in self.wanted:
+                    self.histograms[counts].add(tensor)
         if x is not None and self.wanted & _FACTORS and _is_spectral(self.target):
             self._spectral(module, self._finite(x))
 
@@ -236,7 +237,7 @@ class _Tracker:
 
     def stats(self) -> Stats:
         """The results; an error if the layer was never used."""
-        wanted, hooked = self.wanted, self.wanted & {"input_range", "output_range", "histogram"}
+        wanted, hooked = self.wanted, self.wanted & frozenset(_ENDS)
         missing = [
             *(_FACTORS if self.moments is None else []),
             *(hooked if not self.called else []),
@@ -254,7 +255,7 @@ class _Tracker:
             gram=self.gram if "gram" in wanted else None,
             input_range=self.range["input_range"] if "input_range" in wanted else None,
             output_range=self.range["output_range"] if "output_range" in wanted else None,
-            histogram=(self.histogram.counts, self.histogram.upper) if "histogram" in wanted else None,
+            **{name: (h.counts, h.upper) for name, h in self.histograms.items() if name in wanted},
             gradient=(self.gradient / self.count).float() if self.gradient is not None else None,
             count=self.count,
             rows=self.rows,

@@ -14,9 +14,8 @@ from tqdm import tqdm
 from lightning_compress.functional import sampling
 from lightning_compress.stats.running import call, device_of, observing
 
-# Of natural images, roughly: amplitudes fall like 1 / |k|^1.25, and neighbouring pixels, the mean of an image and its
-# channels have much in common.
-_DECAY, _SHARED_OFFSET, _SHARED_CHANNELS = 1.25, 0.5, 0.9
+_BETAS = (0.8, 0.95)  # of Adam: shorter memories than its defaults, for so few steps
+_DECAY = 1.25  # amplitudes of natural images fall about like 1 / |k|^1.25
 
 
 def can_match(model: nn.Module, example_input: Any) -> bool:
@@ -55,10 +54,10 @@ def match_batchnorm(
     ``sum_l mean_c ((mu_lc(x) - mu_lc) / sigma_lc)^2 + (sigma_lc(x) / sigma_lc - 1)^2``
 
     over BatchNorm layers l and channels c, ``sigma = sqrt(var + eps)``, statistics over a batch and its positions.
-    Inputs with positions start as random fields with the spectrum of natural images (amplitude ``1 / |k|^1.25``, an
-    offset per sample, channels that resemble each other), which brings the Gram matrices of the layers' inputs much
-    closer to those of real images than white noise; inputs [N, C] start as N(0, 1). An example that is not constant
-    gives the mean and standard deviation of every channel of the start, otherwise they are 0 and 1.
+    Inputs with positions start as random fields with the spectrum of natural images, which brings the Gram matrices
+    of the layers' inputs much closer to those of real images than white noise; inputs [N, C] start as N(0, 1). Their
+    mean and standard deviation per channel are the example's, or 0 and 1 if it is constant: an example with entries
+    of a wrong size is worse than zeros.
 
     Every batch is matched by itself; whole batches are made and the last is cut, so that the first inputs of a large
     set are those of a small one. The model is left exactly as it was.
@@ -98,8 +97,7 @@ def match_batchnorm(
     if min(n, steps, batch) < 1 or not lr > 0:
         raise ValueError(f"n={n}, steps={steps}, batch={batch}, lr={lr}: allowed are >= 1, >= 1, >= 1, > 0.")
     generator = torch.Generator().manual_seed(seed)
-    example, device = example_input.detach().cpu().float(), device_of(model)
-    mean, std = _scale(example)
+    device = device_of(model)
     batches = math.ceil(n / batch)
     made = []
     with ExitStack() as stack:
@@ -111,16 +109,17 @@ def match_batchnorm(
         )
         stack.enter_context(bar)
         match = stack.enter_context(_Mismatch(model))
+        mean, std = _scale(example_input.detach().float().to(device))
         for _ in range(batches):
-            z = _start((batch, *example.shape[1:]), generator).to(device).requires_grad_()
-            adam = torch.optim.Adam([z], lr=lr)
+            z = _start((batch, *example_input.shape[1:]), generator).to(device).requires_grad_()
+            adam = torch.optim.Adam([z], lr=lr, betas=_BETAS)
             for step in range(steps):
                 adam.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
-                x = (mean.to(device) + std.to(device) * z).to(example_input.dtype)
+                x = (mean + std * z).to(example_input.dtype)
                 z.grad = torch.autograd.grad(match.of(model, x), z)[0]
                 adam.step()
                 bar.update()
-            made.append((mean + std * z.detach().cpu()).to(example_input.dtype))
+            made.append((mean + std * z).detach().to("cpu", example_input.dtype))
     return torch.cat(made)[:n]
 
 
@@ -129,7 +128,7 @@ def _norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 class _Mismatch(ExitStack):
-    """How far the inputs of the BatchNorm layers are from their running statistics; hooks last as long as it is open."""
+    """How far the inputs of the BatchNorm layers are from their running statistics; it hooks them while it is open."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -160,12 +159,11 @@ class _Mismatch(ExitStack):
 
 
 def _scale(example: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per channel of an example; 0 and 1 if it tells no more than a shape."""
-    shape = (1, -1, *[1] * (example.dim() - 2))
-    channels = example.transpose(0, 1).flatten(1)
-    std, mean = torch.std_mean(channels, dim=1, correction=0)
-    tells = bool((std > 0).all())
-    mean, std = (mean, std) if tells else (torch.zeros_like(mean), torch.ones_like(std))
+    """Mean and standard deviation per channel [C, 1, ...] of an example; 0 and 1 if it tells no more than a shape."""
+    std, mean = torch.std_mean(example, [0, *range(2, example.dim())], correction=0)
+    if not bool((std > 0).all()):
+        mean, std = torch.zeros_like(mean), torch.ones_like(std)
+    shape = (-1, *[1] * (example.dim() - 2))
     return mean.view(shape), std.view(shape)
 
 
@@ -174,11 +172,6 @@ def _start(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     count, channels, *grid = shape
     if not grid:
         return sampling.normal(shape, generator)
-    own = 1 + channels  # one field that all channels of a sample share, and one for each
-    fields = sampling.gaussian_random_field((count * own, *grid), alpha=_DECAY, generator=generator)
-    fields = fields.view(count, own, *grid)
-    spatial = list(range(2, fields.dim()))
-    fields = fields / fields.std(spatial, correction=0, keepdim=True).clamp_min(1e-12)
-    offsets = sampling.normal((count, own, *[1] * len(grid)), generator)
-    fields = math.sqrt(1 - _SHARED_OFFSET) * fields + math.sqrt(_SHARED_OFFSET) * offsets
-    return math.sqrt(_SHARED_CHANNELS) * fields[:, :1] + math.sqrt(1 - _SHARED_CHANNELS) * fields[:, 1:]
+    fields = sampling.gaussian_random_field((count * channels, *grid), alpha=_DECAY, generator=generator)
+    std = fields.flatten(1).std(1, correction=0).clamp_min(1e-12)
+    return (fields / std.view(-1, *[1] * len(grid))).view(shape)

@@ -8,17 +8,42 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_compress.fusion.fold import LAYERS, NORMS, tensors_of
 from lightning_compress.stats.running import call, observing
 
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _FOLLOWED = (*LAYERS, *NORMS)
+
+# Operations f with f(s x) = s f(x) for s > 0 that keep channels apart, by plain name, and what they are called here.
+_ELEMENTWISE = {"relu": "relu", "leaky_relu": "leaky_relu"}
+_POOLS = {
+    "max_pool": "max_pool",
+    "avg_pool": "mean_pool",
+}  # names that hold this, with the number of axes: "2d"
+_REDUCTIONS = {"amax": "max_pool", "mean": "mean_pool"}
+_SHAPES = frozenset(
+    (
+        *(
+            "view",
+            "_unsafe_view",
+            "reshape",
+            "_reshape_alias",
+            "flatten",
+            "unflatten",
+            "squeeze",
+            "unsqueeze",
+        ),
+        *("permute", "transpose", "t", "alias", "clone", "contiguous", "detach", "lift_fresh"),
+    )
+)
 
 
 @dataclass
@@ -31,6 +56,7 @@ class Connections:
         users: layer -> everything that reads its output.
         dims: layer -> dimensions of its output, where a real tensor was seen.
         touched: layers whose own tensors are read outside of their own call.
+        inputs: layer -> the tensor it got, where that is known to come from another layer.
     """
 
     calls: Counter[nn.Module] = field(default_factory=Counter)
@@ -38,6 +64,101 @@ class Connections:
     users: dict[nn.Module, set[Any]] = field(default_factory=dict)
     dims: dict[nn.Module, int] = field(default_factory=dict)
     touched: set[nn.Module] = field(default_factory=set)
+    inputs: dict[nn.Module, _Tensor] = field(default_factory=dict)
+
+    def predecessor(self, layer: nn.Module) -> Predecessor | None:
+        """The layer that feeds this one, directly or through operations that commute with a factor per channel.
+
+        Args:
+            layer: a linear, convolution or BatchNorm layer of the model that ran.
+
+        Returns:
+            None if something else lies between (an addition, a concatenation, a sigmoid, channels that are mixed),
+            if either of them ran several times, or if no forward pass was seen.
+        """
+        made = self.inputs.get(layer)
+        if made is None or made.stale or made.channels is None:
+            return None
+        if self.calls[layer] != 1 or self.calls[made.layer] != 1:
+            return None
+        # Every axis but the one that the layer's weight meets must stay within one channel.
+        axis = made.channels.dim() - 1 - _positions(layer, made.channels.dim())
+        rows = made.channels.transpose(0, axis).flatten(1)
+        if bool((rows != rows[:, :1]).any()):
+            return None
+        chain = list(made.chain())
+        return Predecessor(made.layer, made.via, rows[:, 0].long(), max(len(part.readers) for part in chain))
+
+
+class Predecessor(NamedTuple):
+    """What lies before a layer.
+
+    Args:
+        layer: the linear, convolution or BatchNorm layer that it gets its values from.
+        via: operations between them, in order: "relu", "leaky_relu", "max_pool", "mean_pool", and "shape" for
+            reshaping and reordering; empty if the output of one is the input of the other.
+        channels: channel of ``layer`` that each input channel (feature) comes from.
+        consumers: how many read the output of ``layer``, or a tensor on the way, where it is read most: 1 if nobody
+            but this layer depends on it.
+    """
+
+    layer: nn.Module
+    via: tuple[str, ...]
+    channels: Tensor
+    consumers: int
+
+
+@dataclass
+class _Tensor:
+    """A tensor on the way from one layer to another: ``channels`` holds, for each entry, the channel it comes from."""
+
+    layer: nn.Module
+    value: Tensor  # holding on to it keeps its id its own
+    channels: Tensor | None
+    via: tuple[str, ...] = ()
+    parent: _Tensor | None = None
+    readers: set[Any] = field(default_factory=set)
+    stale: bool = False  # changed in place, through another view of its memory
+
+    def chain(self) -> Iterator[_Tensor]:
+        """This tensor and those it was made from, back to the layer's output."""
+        part: _Tensor | None = self
+        while part is not None:
+            yield part
+            part = part.parent
+
+
+def _positions(layer: Any, dims: int) -> int:
+    """How many axes come after the channel axis of a layer's inputs and outputs."""
+    if isinstance(layer, nn.Linear):
+        return 0
+    return dims - 2 if isinstance(layer, NORMS) else len(layer.kernel_size)
+
+
+def follow(model: nn.Module, x: Any) -> Connections:
+    """How the layers of a model are connected, seen in one forward pass in eval mode.
+
+    Args:
+        model: any module; it is left as it was.
+        x: one input: a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    Returns:
+        The connections.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+        >>> found = follow(net, torch.zeros(1, 1, 4, 4)).predecessor(net[3])
+        >>> found.layer, found.via, found.channels.tolist(), found.consumers
+        (Conv2d(1, 2, kernel_size=(3, 3), stride=(1, 1)), ('relu', 'shape'), [0, 0, 0, 0, 1, 1, 1, 1], 1)
+    """
+    watch = Watch(model)
+    output(model, x, watch)
+    return watch.seen
+
+
+def tensors_of(layer: nn.Module) -> dict[str, Tensor | None]:
+    """The layer's own parameters and buffers by name."""
+    return {**layer._parameters, **layer._buffers}
 
 
 def tensors_in(value: Any, met: set[int] | None = None) -> Iterator[Tensor]:
@@ -112,6 +233,7 @@ class Watch(TorchDispatchMode):
         self.layers = [m for m in model.modules() if isinstance(m, _FOLLOWED)]
         # Outputs by id; holding on to them keeps their ids their own.
         self._made: dict[int, tuple[nn.Module, Tensor]] = {}
+        self._on_the_way: dict[int, _Tensor] = {}
         self._running: list[nn.Module] = []
         held = ((t, m) for m in self.layers for t in tensors_of(m).values() if t is not None and t.numel())
         self._owners = {t.untyped_storage().data_ptr(): m for t, m in held}
@@ -122,13 +244,17 @@ class Watch(TorchDispatchMode):
         for tensor in tensors_in(values):
             if id(tensor) in self._made:
                 self.seen.users[self._made[id(tensor)][0]].add(user)
+            if id(tensor) in self._on_the_way:
+                self._on_the_way[id(tensor)].readers.add(user)
 
     def enter(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
         """A layer begins its forward."""
         self.use((args, kwargs), layer)
-        made = self._made.get(id(args[0] if args else kwargs.get("input")))
-        if made is not None:
-            self.seen.source[layer] = made[0]
+        given = id(args[0] if args else kwargs.get("input"))
+        if given in self._made:
+            self.seen.source[layer] = self._made[given][0]
+        if given in self._on_the_way:
+            self.seen.inputs[layer] = self._on_the_way[given]
         self.seen.calls[layer] += 1
         self._running.append(layer)
 
@@ -139,6 +265,7 @@ class Watch(TorchDispatchMode):
         if isinstance(out, Tensor):
             self._made[id(out)] = layer, out
             self.seen.dims[layer] = out.dim()
+            self._on_the_way[id(out)] = _Tensor(layer, out, _channels(layer, out))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._operations += 1
@@ -148,7 +275,59 @@ class Watch(TorchDispatchMode):
             owner = self._owners.get(tensor.untyped_storage().data_ptr())
             if owner is not None and owner not in self._running:
                 self.seen.touched.add(owner)
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if not self._running:
+            self._carry(func, args, kwargs or {}, out)
+        return out
+
+    def _carry(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Follow a tensor through one operation between layers."""
+        name, changed = func._schema.name.removeprefix("aten::"), func._schema.is_mutable
+        made = self._on_the_way.get(id(args[0])) if args else None
+        if changed and args and isinstance(args[0], Tensor):
+            memory = args[0].untyped_storage().data_ptr()
+            for other in self._on_the_way.values():
+                other.stale |= other.value.untyped_storage().data_ptr() == memory
+        result = out[0] if isinstance(out, tuple) else out
+        if made is None or made.channels is None or not isinstance(result, Tensor):
+            return
+        step, channels = _through(name.removesuffix("_"), func, made.channels, args, kwargs, result)
+        if step is not None:
+            via = made.via if made.via[-1:] == (step,) == ("shape",) else (*made.via, step)
+            self._on_the_way[id(result)] = _Tensor(made.layer, result, channels, via, made)
+
+
+def _channels(layer: Any, out: Tensor) -> Tensor:
+    """The number of the channel in every entry of a layer's output."""
+    size = out.shape[out.dim() - 1 - _positions(layer, out.dim())]
+    numbers = torch.arange(size, dtype=torch.int32, device=out.device)
+    return torch.empty_like(out, dtype=torch.int32).copy_(
+        numbers.view(-1, *[1] * _positions(layer, out.dim()))
+    )
+
+
+def _through(
+    name: str, func: Any, channels: Tensor, args: Any, kwargs: Any, out: Tensor
+) -> tuple[str | None, Tensor | None]:
+    """What an operation is called in ``Predecessor.via``, and where its entries come from; None for all others."""
+    if name in _ELEMENTWISE:
+        return _ELEMENTWISE[name], channels
+    if name in _SHAPES:
+        return "shape", func(channels.clone(), *args[1:], **kwargs)
+    axes: Any
+    if name in _REDUCTIONS:
+        step, axes, keep = _REDUCTIONS[name], *(*args[1:3], *(None, False)[len(args[1:3]) :])
+        if not axes:
+            return None, None
+    else:
+        step = next((called for part, called in _POOLS.items() if part in name), "")
+        if not step:
+            return None, None
+        axes, keep = list(range(-int(name[name.index("pool") + 4]), 0)), True
+    low, high = channels.amin(axes, keep), channels.amax(axes, keep)
+    if not torch.equal(low, high):  # it mixes channels
+        return None, None
+    return step, torch.empty_like(out, dtype=torch.int32).copy_(low)
 
 
 # -- read from the code ------------------------------------------------------------------------------------
