@@ -29,20 +29,17 @@ _POOLS = {
     "avg_pool": "mean_pool",
 }  # names that hold this, with the number of axes: "2d"
 _REDUCTIONS = {"amax": "max_pool", "mean": "mean_pool"}
-_SHAPES = frozenset(
-    (
-        *(
-            "view",
-            "_unsafe_view",
-            "reshape",
-            "_reshape_alias",
-            "flatten",
-            "unflatten",
-            "squeeze",
-            "unsqueeze",
-        ),
-        *("permute", "transpose", "t", "alias", "clone", "contiguous", "detach", "lift_fresh"),
-    )
+_REORDERED = ("permute", "transpose", "t", "squeeze", "unsqueeze")
+_RESHAPED = (
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "alias",
+    "clone",
+    "contiguous",
+    "detach",
 )
 
 
@@ -77,13 +74,13 @@ class Connections:
             if either of them ran several times, or if no forward pass was seen.
         """
         made = self.inputs.get(layer)
-        if made is None or made.stale or made.channels is None:
+        if made is None or made.stale:
             return None
         if self.calls[layer] != 1 or self.calls[made.layer] != 1:
             return None
         # Every axis but the one that the layer's weight meets must stay within one channel.
-        axis = made.channels.dim() - 1 - _positions(layer, made.channels.dim())
-        rows = made.channels.transpose(0, axis).flatten(1)
+        channels = made.channels()
+        rows = channels.transpose(0, _axis(layer, channels.dim())).flatten(1)
         if bool((rows != rows[:, :1]).any()):
             return None
         chain = list(made.chain())
@@ -110,15 +107,24 @@ class Predecessor(NamedTuple):
 
 @dataclass
 class _Tensor:
-    """A tensor on the way from one layer to another: ``channels`` holds, for each entry, the channel it comes from."""
+    """A tensor on the way from one layer to another."""
 
     layer: nn.Module
     value: Tensor  # holding on to it keeps its id its own
-    channels: Tensor | None
+    origins: Tensor | None = None  # None: it is the layer's output
     via: tuple[str, ...] = ()
     parent: _Tensor | None = None
     readers: set[Any] = field(default_factory=set)
     stale: bool = False  # changed in place, through another view of its memory
+
+    def channels(self) -> Tensor:
+        """For each entry, the channel of the layer's output that it comes from."""
+        if self.origins is None:
+            axis, dims = _axis(self.layer, self.value.dim()), self.value.dim()
+            numbers = torch.arange(self.value.shape[axis], dtype=torch.int32, device=self.value.device)
+            numbers = numbers.view([-1 if d == axis else 1 for d in range(dims)])
+            self.origins = numbers.expand_as(self.value)  # takes no memory
+        return self.origins
 
     def chain(self) -> Iterator[_Tensor]:
         """This tensor and those it was made from, back to the layer's output."""
@@ -128,11 +134,11 @@ class _Tensor:
             part = part.parent
 
 
-def _positions(layer: Any, dims: int) -> int:
-    """How many axes come after the channel axis of a layer's inputs and outputs."""
-    if isinstance(layer, nn.Linear):
-        return 0
-    return dims - 2 if isinstance(layer, NORMS) else len(layer.kernel_size)
+def _axis(layer: Any, dims: int) -> int:
+    """Channel axis of a layer's inputs and outputs of so many dimensions."""
+    if isinstance(layer, NORMS):
+        return 1
+    return dims - 1 if isinstance(layer, nn.Linear) else dims - 1 - len(layer.kernel_size)
 
 
 def follow(model: nn.Module, x: Any) -> Connections:
@@ -265,7 +271,7 @@ class Watch(TorchDispatchMode):
         if isinstance(out, Tensor):
             self._made[id(out)] = layer, out
             self.seen.dims[layer] = out.dim()
-            self._on_the_way[id(out)] = _Tensor(layer, out, _channels(layer, out))
+            self._on_the_way[id(out)] = _Tensor(layer, out)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._operations += 1
@@ -277,10 +283,10 @@ class Watch(TorchDispatchMode):
                 self.seen.touched.add(owner)
         out = func(*args, **(kwargs or {}))
         if not self._running:
-            self._carry(func, args, kwargs or {}, out)
+            self._carry(func, args, out)
         return out
 
-    def _carry(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def _carry(self, func: Any, args: Any, out: Any) -> None:
         """Follow a tensor through one operation between layers."""
         name, changed = func._schema.name.removeprefix("aten::"), func._schema.is_mutable
         made = self._on_the_way.get(id(args[0])) if args else None
@@ -289,45 +295,36 @@ class Watch(TorchDispatchMode):
             for other in self._on_the_way.values():
                 other.stale |= other.value.untyped_storage().data_ptr() == memory
         result = out[0] if isinstance(out, tuple) else out
-        if made is None or made.channels is None or not isinstance(result, Tensor):
+        if made is None or not isinstance(result, Tensor):
             return
-        step, channels = _through(name.removesuffix("_"), func, made.channels, args, kwargs, result)
+        step, origins = _through(name.removesuffix("_") if changed else name, func, made, args, result)
         if step is not None:
             via = made.via if made.via[-1:] == (step,) == ("shape",) else (*made.via, step)
-            self._on_the_way[id(result)] = _Tensor(made.layer, result, channels, via, made)
+            self._on_the_way[id(result)] = _Tensor(made.layer, result, origins, via, made)
 
 
-def _channels(layer: Any, out: Tensor) -> Tensor:
-    """The number of the channel in every entry of a layer's output."""
-    size = out.shape[out.dim() - 1 - _positions(layer, out.dim())]
-    numbers = torch.arange(size, dtype=torch.int32, device=out.device)
-    return torch.empty_like(out, dtype=torch.int32).copy_(
-        numbers.view(-1, *[1] * _positions(layer, out.dim()))
-    )
-
-
-def _through(
-    name: str, func: Any, channels: Tensor, args: Any, kwargs: Any, out: Tensor
-) -> tuple[str | None, Tensor | None]:
+def _through(name: str, func: Any, made: _Tensor, args: Any, out: Tensor) -> tuple[str | None, Tensor | None]:
     """What an operation is called in ``Predecessor.via``, and where its entries come from; None for all others."""
     if name in _ELEMENTWISE:
-        return _ELEMENTWISE[name], channels
-    if name in _SHAPES:
-        return "shape", func(channels.clone(), *args[1:], **kwargs)
-    axes: Any
-    if name in _REDUCTIONS:
-        step, axes, keep = _REDUCTIONS[name], *(*args[1:3], *(None, False)[len(args[1:3]) :])
-        if not axes:
-            return None, None
-    else:
-        step = next((called for part, called in _POOLS.items() if part in name), "")
-        if not step:
-            return None, None
-        axes, keep = list(range(-int(name[name.index("pool") + 4]), 0)), True
-    low, high = channels.amin(axes, keep), channels.amax(axes, keep)
+        return _ELEMENTWISE[name], made.channels()
+    if func._schema.is_mutable:
+        return None, None
+    if name in _REORDERED:
+        return "shape", func(made.channels(), *args[1:])
+    if name in _RESHAPED and out.dtype == made.value.dtype:
+        return "shape", made.channels().reshape(out.shape)
+    pool = next((called for part, called in _POOLS.items() if part in name), None)
+    axes: Any = args[1] if name in _REDUCTIONS and len(args) > 1 else None
+    if pool is not None:
+        axes = list(range(-int(name[name.index("pool") + 4]), 0))
+    if not axes:
+        return None, None
+    low, high = (reduce(made.channels(), axes, keepdim=True) for reduce in (torch.amin, torch.amax))
     if not torch.equal(low, high):  # it mixes channels
         return None, None
-    return step, torch.empty_like(out, dtype=torch.int32).copy_(low)
+    if pool is not None:
+        return pool, low.expand(out.shape)
+    return _REDUCTIONS[name], low.reshape(out.shape)
 
 
 # -- read from the code ------------------------------------------------------------------------------------

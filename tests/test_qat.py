@@ -5,6 +5,7 @@ The behaviours that users of other libraries asked for are in ``test_qat_behavio
 
 import csv
 import math
+import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -34,7 +35,9 @@ METHODS = ("fake_quant", "lsq", "pact")
 
 
 def qat(method="lsq", weight_bits=4, activation_bits=4, **options):
-    return QuantizationAwareTraining(weight_bits, activation_bits, method, **{"edge_layers_bits": None, **options})
+    return QuantizationAwareTraining(
+        weight_bits, activation_bits, method, **{"edge_layers_bits": None, **options}
+    )
 
 
 def states(module):
@@ -125,7 +128,10 @@ def test_a_learned_weight_starts_and_learns_as_in_the_paper(granularity, dtype):
     (quantizer(weight) * torch.ones(3, 6)).abs().sum().backward()
     values = torch.view_as_real(quantizer(weight)) if dtype.is_complex else quantizer(weight)
     scale = 1 / math.sqrt(planes.numel() / len(parts) * 7)
-    upstream = torch.view_as_real((w := quantizer(weight).detach()) / w.abs().clamp_min(1e-30)) if dtype.is_complex else values.detach().sign()
+    upstream = values.detach().sign()
+    if dtype.is_complex:
+        rounded = quantizer(weight).detach()
+        upstream = torch.view_as_real(rounded / rounded.abs().clamp_min(1e-30))
     for part, sign, step, gradient in zip(
         parts,
         {
@@ -188,7 +194,9 @@ def test_the_code_of_a_weight_is_what_its_layer_used(bits, granularity, dtype, k
     elif kind in ("e4m3", "log2"):
         if bits == 1:
             pytest.skip("no such format")
-        quantizer = CalibratedWeight(Grid(bits, format=kind, granularity=granularity, calibrator="minmax"), weight)
+        quantizer = CalibratedWeight(
+            Grid(bits, format=kind, granularity=granularity, calibrator="minmax"), weight
+        )
     elif kind == "asymmetric" and bits > 1:
         quantizer = CalibratedWeight(Grid(bits, symmetric=False, granularity=granularity), weight)
     else:
@@ -227,14 +235,17 @@ def test_an_observer_follows_the_batches():
         quantizer(batch)
         low = batch.min() if low is None else low + 0.1 * (batch.min() - low)
         high = batch.max() if high is None else high + 0.1 * (batch.max() - high)
-    assert float(quantizer.low) == pytest.approx(float(low)) and float(quantizer.high) == pytest.approx(float(high))
+    assert float(quantizer.low) == pytest.approx(float(low)) and float(quantizer.high) == pytest.approx(
+        float(high)
+    )
     before = quantizer.state()
     quantizer(torch.tensor([math.inf, 1.0]))
     quantizer(torch.tensor([math.nan, 1.0]))
     quantizer.eval()(torch.tensor([1000.0]))
+    assert equal(before, quantizer.state())
     quantizer.train().learning = False
     quantizer(torch.tensor([1000.0]))
-    assert equal(before, quantizer.state())
+    assert equal(before["tensors"], quantizer.state()["tensors"])
 
 
 def test_an_observer_that_was_frozen_too_early_still_takes_its_first_batch():
@@ -301,7 +312,9 @@ def test_finalize_equals_the_module_in_eval_mode_bit_for_bit(tmp_path, method):
     trainer(qat(method), max_epochs=1).fit(lit, loader(16, shape=(1, 8, 8)))
     lit.eval()
     small, x = lc.finalize(lit), torch.randn(9, 1, 8, 8)
-    assert torch.equal(small(x), lit(x)) and not torch.equal(Lit(net).net[0]._parameters["weight"], small.net[0].weight)
+    assert torch.equal(small(x), lit(x)) and not torch.equal(
+        Lit(net).net[0]._parameters["weight"], small.net[0].weight
+    )
     assert list(small.state_dict()) == list(lit.state_dict()) and not quantizers(small)
     codes = {name: code for name, _, _, code in lc.codes.of(small)}
     assert list(codes) == [f"net.{i}.weight" for i in (0, 3, 5, 7)]
@@ -403,7 +416,9 @@ def test_batchnorm_freezes_and_stays_frozen_after_validation_and_on_resume(tmp_p
     moves = [a != b for a, b in zip(means.seen, means.seen[1:], strict=False)]
     assert moves == [True] * 15 + [False] * 16 and lit.net[1].training == lit.net[2].training
     again, resumed = Means(), Lit(norm_net())
-    trainer(qat(**options), again, max_epochs=4).fit(resumed, loader(), loader(), ckpt_path=tmp_path / "epoch=2.ckpt")
+    trainer(qat(**options), again, max_epochs=4).fit(
+        resumed, loader(), loader(), ckpt_path=tmp_path / "epoch=2.ckpt"
+    )
     assert again.seen == means.seen[24:]
     never = Means()
     trainer(qat(freeze_batchnorm=None), never, max_epochs=4).fit(Lit(norm_net()), loader())
@@ -418,16 +433,23 @@ def test_bits_follow_the_schedule(method):
 
         def on_train_epoch_start(self, trainer, pl_module):
             own = quantizers(pl_module)
-            self.seen.append([own[f"net.{i}.{k}_quantizer"].bits for k in ("weight", "input") for i in (0, 2, 4)])
+            self.seen.append(
+                [own[f"net.{i}.{k}_quantizer"].bits for k in ("weight", "input") for i in (0, 2, 4)]
+            )
 
     torch.manual_seed(0)
-    lit, bits = Lit(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))), Bits()
+    lit, bits = (
+        Lit(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))),
+        Bits(),
+    )
     callback = qat(method, 8, 4, edge_layers_bits=8, bits_schedule={0: 8, 1: 4, 3: 2}, gate="val_loss")
     t = trainer(callback, bits, max_epochs=5)
     t.fit(lit, loader(), loader())
     inner = [(8, 8), (4, 4), (4, 4), (2, 4), (2, 4)]
     assert bits.seen == [[8, w, 8, 8, a, 8] for w, a in inner]
-    assert float(t.callback_metrics["compress/weight_bits"]) == pytest.approx((256 * 2 + (128 + 48) * 8) / 432)
+    assert float(t.callback_metrics["compress/weight_bits"]) == pytest.approx(
+        (256 * 2 + (128 + 48) * 8) / 432
+    )
     assert callback.span == (0, 24) and math.isfinite(t.callback_metrics["compress/at_target/val_loss"])
     assert lc.codes.read(lc.finalize(lit).net[2], "weight").width == 2
 
@@ -451,7 +473,9 @@ def test_resume_is_exact_in_every_phase(tmp_path, method, epoch):
     b.fit(again, loader(), loader(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
     assert equal(states(whole), states(again)) and equal(dict(whole.state_dict()), dict(again.state_dict()))
     assert equal(a.optimizers[0].state_dict()["state"], b.optimizers[0].state_dict()["state"])
-    assert a.callback_metrics.keys() == b.callback_metrics.keys() and equal(a.callback_metrics, b.callback_metrics)
+    assert a.callback_metrics.keys() == b.callback_metrics.keys() and equal(
+        a.callback_metrics, b.callback_metrics
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -490,7 +514,10 @@ def test_manual_optimization_and_several_optimizers():
                 optimizer.step()
 
         def configure_optimizers(self):
-            return [torch.optim.Adam(self.net[0].parameters()), torch.optim.SGD(self.net[2].parameters(), lr=0.1)]
+            return [
+                torch.optim.Adam(self.net[0].parameters()),
+                torch.optim.SGD(self.net[2].parameters(), lr=0.1),
+            ]
 
     callback, probe, lit = qat(begin=0.25), Probe(), Manual()
     t = trainer(callback, probe)
@@ -534,26 +561,24 @@ def test_decay_of_steps_is_warned_of_and_the_named_groups_are_the_way_out():
         trainer(qat(), max_epochs=1).fit(Decay(), loader())
     lit = Decay()
     lit.grouped = True
-    import warnings
-
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*decays.*")
         trainer(qat(), max_epochs=1).fit(lit, loader())
 
 
 def test_first_and_last_are_those_that_run_first_and_last():
-    class Reversed(nn.Module):
+    class Crossed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.c, self.b, self.a = nn.Linear(8, 3), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
 
         def forward(self, x):
-            return self.c(self.b(self.a(x)))
+            return self.c(self.a(self.b(x)))
 
     class Example(Lit):
         def __init__(self, example):
             torch.manual_seed(0)
-            super().__init__(Reversed())
+            super().__init__(Crossed())
             self.example_input_array = example
 
     widths = {}
@@ -564,8 +589,8 @@ def test_first_and_last_are_those_that_run_first_and_last():
         widths[None if example is None else example.shape[1]] = [
             (own[f"net.{n}.weight_quantizer"].bits, own[f"net.{n}.input_quantizer"].bits) for n in "abc"
         ]
-    assert widths[8] == [(8, 8), (4, 4), (8, 8)]
-    assert widths[None] == widths[7] == [(8, 8), (4, 4), (8, 8)][:0] + [(8, 8), (4, 4), (8, 8)]
+    assert widths[8] == [(4, 4), (8, 8), (8, 8)]
+    assert widths[None] == widths[7] == [(8, 8), (4, 4), (8, 8)]  # by the order of parameters
 
 
 def test_bits_by_name_and_kind_and_weights_only():
@@ -591,8 +616,12 @@ def test_logs(tmp_path):
     lost = weight - lit.net[0].weight.detach().double()
     sqnr = 10 * math.log10(float(weight.square().sum() / lost.square().sum()))
     assert last["compress/sqnr_db/net.0"] == pytest.approx(sqnr, rel=1e-4)
-    assert last["compress/step/net.0"] == pytest.approx(float(lit.net[0].weight_quantizer.step.detach().mean()), rel=1e-4)
-    assert last["compress/input_step/net.2"] == pytest.approx(float(lit.net[2].input_quantizer.step.detach()), rel=1e-4)
+    assert last["compress/step/net.0"] == pytest.approx(
+        float(lit.net[0].weight_quantizer.step.detach().mean()), rel=1e-4
+    )
+    assert last["compress/input_step/net.2"] == pytest.approx(
+        float(lit.net[2].input_quantizer.step.detach()), rel=1e-4
+    )
     assert last["compress/levels_used/net.0"] == 1.0
     with torch.no_grad():
         lit.net[0].weight_quantizer.step.mul_(100)  # the range is lost: every weight becomes zero
@@ -614,8 +643,6 @@ def test_hot_distillation_with_few_bits_is_warned_of(where):
 
     with pytest.warns(UserWarning, match=r"temperature=5\.0 together with 2-bit weights.*levels_used"):
         trainer(qat("lsq", 2), max_epochs=1).fit(lit(), loader())
-    import warnings
-
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*temperature.*")
         trainer(qat("lsq", 4), max_epochs=1).fit(lit(), loader())
@@ -702,7 +729,9 @@ def test_options_that_cannot_work(options, message):
 
 
 def test_a_transform_in_place_of_options():
-    given = lc.quantization.Quantize(bits=3, activation_bits=5, edge_bits=6, granularity=PerTensor(), include="net.*")
+    given = lc.quantization.Quantize(
+        bits=3, activation_bits=5, edge_bits=6, granularity=PerTensor(), include="net.*"
+    )
     lit = Lit(nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)]))
     trainer(QuantizationAwareTraining(method="lsq", transform=given), max_epochs=1).fit(lit, loader())
     own = quantizers(lit)
@@ -725,7 +754,9 @@ def test_nothing_to_quantize_and_other_quantizers_in_the_checkpoint(tmp_path):
 
 def weights_only_inputs(folder):
     """A checkpoint of weight quantizers with learned steps."""
-    trainer(qat(activation_bits=None), ModelCheckpoint(folder / "w", save_last=True), max_epochs=1).fit(Lit(), loader())
+    trainer(qat(activation_bits=None), ModelCheckpoint(folder / "w", save_last=True), max_epochs=1).fit(
+        Lit(), loader()
+    )
     return folder / "w" / "last.ckpt"
 
 
@@ -748,7 +779,11 @@ def test_attention_embedding_recurrent_and_bilinear_layers():
     lit, callback = Lit(Mixed()), qat(include=["*", "net.words", "net.cell*", "net.rnn*"])
     trainer(callback).fit(lit, loader(), loader())
     own = quantizers(lit)
-    assert {"net.words.weight_quantizer", "net.attend.in_proj_weight_quantizer", "net.attend.input_quantizer"} <= own.keys()
+    assert {
+        "net.words.weight_quantizer",
+        "net.attend.in_proj_weight_quantizer",
+        "net.attend.input_quantizer",
+    } <= own.keys()
     assert "net.words.input_quantizer" not in own and type(lit.net.rnn) is nn.LSTM
     assert {"net.cell.weight_ih_quantizer", "net.pair.input_quantizer"} <= own.keys()
     lit.eval()
@@ -766,8 +801,8 @@ def test_a_spectral_convolution_is_quantized_in_both_planes():
     x = torch.randn(3, 1, 16)
     small = lc.finalize(lit)
     assert torch.equal(small(x), lit(x))
-    (key,) = (key for key, *_ in lc.codes.of(small) if key.startswith("net.1"))
-    assert len(torch.view_as_real(small.net[1].weight.tensor).unique()) > 2
+    (code,) = (code for key, _, _, code in lc.codes.of(small) if key.startswith("net.1"))
+    assert code.kind == "affine" and code.axes == (1,) and code.scale.shape == (4,)
 
 
 def test_the_command_line_builds_it():
@@ -781,4 +816,8 @@ def test_the_command_line_builds_it():
         "dict_kwargs": {"exclude": "head"},
     }
     built = parser.instantiate_classes(parser.parse_object({"callback": config})).callback
-    assert built.transform.bits == 4 and built.bits_schedule == {0: 8, 5: 4} and built.transform.exclude == "head"
+    assert (
+        built.transform.bits == 4
+        and built.bits_schedule == {0: 8, 5: 4}
+        and built.transform.exclude == "head"
+    )

@@ -174,7 +174,9 @@ def test_21_keyword_and_several_inputs_reach_forward():
     trainer(qat()).fit(lit, loader(), loader())
     x = torch.randn(5, 8)
     lit.eval()
-    assert torch.equal(lit(x, scale=2), 2 * lit(x)) and torch.equal(lc.finalize(lit)(x, scale=2), lit(x, scale=2))
+    assert torch.equal(lit(x, scale=2), 2 * lit(x)) and torch.equal(
+        lc.finalize(lit)(x, scale=2), lit(x, scale=2)
+    )
     assert "forward" not in vars(lit) and all(q.active for q in quantizers(lit).values())
 
 
@@ -225,7 +227,9 @@ def test_23_composed_models_and_patterns():
 def test_24_the_whole_list_holds():
     """The removed callback failed on these at once; each number has its test in this file or beside it."""
     here = Path(__file__).parent
-    text = "".join((here / f"{name}.py").read_text() for name in ("test_qat_behaviours", "test_qat_distributed"))
+    text = "".join(
+        (here / f"{name}.py").read_text() for name in ("test_qat_behaviours", "test_qat_distributed")
+    )
     for number in (13, 17, 18, 19, 20, 21, 22, 23, 25, 32, 35, 42, 55):
         assert f"def test_{number}_" in text, number
 
@@ -239,7 +243,10 @@ def test_32_a_dense_checkpoint_starts_a_fit_with_every_moment_in_place(tmp_path,
             parameters = self.parameters()
             if groups == "own":
                 decayed = [p for p in others if p.dim() > 1]
-                parameters = [{"params": decayed, "weight_decay": 0.01}, {"params": [p for p in others if p.dim() < 2]}]
+                parameters = [
+                    {"params": decayed, "weight_decay": 0.01},
+                    {"params": [p for p in others if p.dim() < 2]},
+                ]
                 parameters += [{"params": steps, "lr": 3e-3}] if steps else []
             optimizer = torch.optim.Adam(parameters, lr=self.lr)
             return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)]
@@ -337,14 +344,18 @@ def test_38_averages_have_their_steps_when_validated_saved_and_resumed(tmp_path,
         fresh, loader(16), ckpt_path=tmp_path / "whole" / "epoch=3.ckpt", verbose=False
     )
     assert tested["val_loss"] == pytest.approx(validated, abs=1e-7)
-    (now,) = trainer(qat(method)).validate(whole, loader(16), verbose=False)  # averages were copied at the end
+    (now,) = trainer(qat(method)).validate(
+        whole, loader(16), verbose=False
+    )  # averages were copied at the end
     assert now["val_loss"] == pytest.approx(validated, abs=1e-7)
     assert same(states(fresh), states(whole))
     again = Lit()
     trainer(*callbacks("again"), max_epochs=4).fit(
         again, loader(), loader(16), ckpt_path=tmp_path / "whole" / "epoch=1.ckpt"
     )
-    assert same(states(again), states(whole)) and same(dict(again.named_parameters()), dict(whole.named_parameters()))
+    assert same(states(again), states(whole)) and same(
+        dict(again.named_parameters()), dict(whole.named_parameters())
+    )
     with pytest.raises(MisconfigurationException, match="must come before EMAWeightAveraging"):
         trainer(average(), qat(method)).fit(Lit(), loader())
 

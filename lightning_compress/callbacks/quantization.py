@@ -27,6 +27,7 @@ from lightning_compress.quantization.learned import SMALLEST, ClippedInput, Lear
 from lightning_compress.quantization.observed import ObservedInput
 from lightning_compress.quantization.quantize import Quantize
 from lightning_compress.quantization.quantizers import TrainingQuantizer
+from lightning_compress.schedules import to_steps
 from lightning_compress.tables import listing, reasons
 from lightning_compress.targets import survey
 
@@ -123,6 +124,8 @@ class QuantizationAwareTraining(ScheduledCallback):
         )
         if method not in training.METHODS:
             raise ValueError(f"method={method!r} is unknown; allowed: {', '.join(training.METHODS)}.")
+        for value, option in ((freeze_observer, "freeze_observer"), (freeze_batchnorm, "freeze_batchnorm")):
+            to_steps(value or 0.0, unit, total=1, per_epoch=1, name=option)
         if not 0 < observer_momentum <= 1:
             raise ValueError(f"observer_momentum={observer_momentum}: allowed is 0 < observer_momentum <= 1.")
         if pact_strength < 0:

@@ -119,9 +119,7 @@ class Groups:
                     f"allowed is 1 to {inputs}."
                 )
             return Groups((out,), granularity.size)
-        given = (
-            out if granularity.axis is None else granularity.axis
-        )
+        given = out if granularity.axis is None else granularity.axis
         axes = (given,) if isinstance(given, int) else tuple(given)
         for axis in axes:
             if not -len(shape) <= axis < len(shape):

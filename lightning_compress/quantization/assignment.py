@@ -105,8 +105,10 @@ def kinds_of(model: nn.Module, targets: Sequence[Target], last: Target | None = 
             "linear": linear,
         }
         beside = ancestors[:1] and ancestors[0] in blocks
-        kinds["ffn"] = linear and not kinds["attention"] and (
-            bool(beside) or matches("*ffn*", t.name.lower()) or matches("*mlp*", t.name.lower())
+        kinds["ffn"] = (
+            linear
+            and not kinds["attention"]
+            and (bool(beside) or matches("*ffn*", t.name.lower()) or matches("*mlp*", t.name.lower()))
         )
         found[t.key] = {kind for kind, holds in kinds.items() if holds}
     return found

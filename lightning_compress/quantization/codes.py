@@ -53,9 +53,7 @@ class GridCode(Code):
     def bits(self, weight: Tensor) -> int:
         """``min(b N, b kept + N)`` with b bits an entry (twice for a complex one), and the numbers of the groups."""
         entries, kept = (int(real(t).numel()) for t in (weight, weight[weight != 0]))
-        side = sum(
-            t.numel() * t.element_size() * 8 for t in vars(self).values() if isinstance(t, Tensor)
-        )
+        side = sum(t.numel() * t.element_size() * 8 for t in vars(self).values() if isinstance(t, Tensor))
         return min(self.width * entries, self.width * kept + weight.numel()) + side
 
     def _expand(self, values: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -165,7 +163,10 @@ class PowerOfTwo(GridCode):
         values = real(weight.detach()).cpu().float()
         e_max = self._expand(self.e_max, values, weight.dtype).expand(values.shape)
         codes, _ = formats.log2_quantize(values.reshape(-1, 1), self.width, e_max.reshape(-1), self.rounding)
-        return {"codes": codes.view(values.shape).to(torch.int16 if self.width > 8 else torch.int8), "e_max": self.e_max}
+        return {
+            "codes": codes.view(values.shape).to(torch.int16 if self.width > 8 else torch.int8),
+            "e_max": self.e_max,
+        }
 
     def rebuild(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Signs times powers of two."""

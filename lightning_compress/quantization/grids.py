@@ -117,9 +117,7 @@ class Grid:
         integer_range(self.bits)
         granularity_of(self.granularity)
         if self.calibrator not in CALIBRATORS:
-            raise ValueError(
-                f"calibrator={self.calibrator!r} is unknown; allowed: {', '.join(CALIBRATORS)}."
-            )
+            raise ValueError(f"calibrator={self.calibrator!r} is unknown; allowed: {', '.join(CALIBRATORS)}.")
         if isinstance(kind, Log2) and not 2 <= self.bits <= 8:
             raise ValueError(f"format='log2' with bits={self.bits}: allowed is 2 <= bits <= 8.")
         if kind == "int" and self.calibrator == "sawb" and not self.symmetric:
@@ -156,7 +154,9 @@ class Grid:
         blocks = [block.float() for block in groups.blocks(weight)]
         rule: Callable[[Tensor], tuple[Tensor, ...]]
         if isinstance(kind, Log2):
-            exponents = [formats.log2_quantize(block, self.bits, rounding=kind.rounding)[1] for block in blocks]
+            exponents = [
+                formats.log2_quantize(block, self.bits, rounding=kind.rounding)[1] for block in blocks
+            ]
             e_max = groups.join(exponents, weight.shape)
             return PowerOfTwo(groups.axes, groups.size, self.bits, e_max, kind.rounding)
         if isinstance(kind, MiniFloat):

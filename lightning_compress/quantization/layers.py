@@ -140,7 +140,9 @@ def _reader(param: str) -> Callable[[nn.Module], Tensor]:
     def read(layer: nn.Module) -> Tensor:
         weight = layer._parameters.get(param)
         if weight is None:
-            raise AttributeError(param)  # the usual lookup goes on: a slice of the tensor holds a buffer there
+            raise AttributeError(
+                param
+            )  # the usual lookup goes on: a slice of the tensor holds a buffer there
         rounded: Tensor = layer._modules[_slot(param)](weight)  # type: ignore[misc]
         return rounded
 
@@ -189,9 +191,7 @@ def _plain(self: nn.Module) -> nn.Module:
         code = quantizer.final = vars(quantizer).get("final") or quantizer.code(weight)
         weight.data.copy_(code.project(weight.detach()))
         codes.attach(self, param, code)
-    found = {
-        name: cast(Any, self._modules.get(name)) for name in (_INPUT, _OUTPUT) if _calls(self)
-    }
+    found = {name: cast(Any, self._modules.get(name)) for name in (_INPUT, _OUTPUT) if _calls(self)}
     kept = {name: q.frozen() for name, q in found.items() if q is not None and q.active}
     release(self)
     for name, quantizer in kept.items():

@@ -199,14 +199,20 @@ class Quantize(Transform):
         skipped |= {t.key: f"no entry of bits={self.bits} fits" for t in order if t.key not in widths}
         targets = [t for t in order if t.key in widths]
         seen, source = self._seen(work, targets, inputs)
-        layers: dict[str, dict[str, Any]] = {}
-        for t in targets:
-            layers[t.key] = self._weight(t, widths[t.key], seen.get(t.key))
+        layers = {t.key: self._weight(t, widths[t.key], seen.get(t.key)) for t in targets}
+        kept = all(self._holds(t, layers[t.key]) for t in targets)  # weights that are on their grids already
         if self.equalize:
             layers |= self._other_changes(model, work, layers)
         for name, decided in self._activations(targets, kinds, fixed, seen, skipped).items():
             layers[f"{name}.input" if name else "input"] = {"layer": name, **decided}
-        return Plan(layers, skipped, data=" ".join(part for part in (source, note) if part))
+        described = " ".join(part for part in (source, note) if part)
+        return Plan(layers, skipped, identity=bool(targets) and kept, data=described)
+
+    @staticmethod
+    def _holds(target: Target, decided: Mapping[str, Any]) -> bool:
+        code = Code.registry[decided["kind"]].restore(decided["arrays"], decided["config"])
+        weight = target.weight.detach()
+        return torch.equal(code.rebuild(decided["arrays"], weight.dtype), weight.cpu())
 
     def _widths(
         self,
@@ -289,9 +295,7 @@ class Quantize(Transform):
         """What equalization changed besides the targets' weights: biases, and weights that are left in float."""
         after = {clean(name): p.detach() for name, p in work.named_parameters()}
         changed: dict[str, dict[str, Any]] = {}
-        corrected = {
-            f"{d['layer']}.bias" if d["layer"] else "bias" for d in layers.values() if "bias" in d
-        }
+        corrected = {f"{d['layer']}.bias" if d["layer"] else "bias" for d in layers.values() if "bias" in d}
         for raw, before in model.named_parameters():
             name = clean(raw)
             if name not in layers and name not in corrected and not torch.equal(before, after[name]):
@@ -329,7 +333,13 @@ class Quantize(Transform):
             if self.mode == "dynamic":
                 qmin, qmax = integer_range(bits, signed=False)
                 found[t.name] = {
-                    "input_quantizer": {"bits": bits, "scale": None, "zero_point": 0, "qmin": qmin, "qmax": qmax}
+                    "input_quantizer": {
+                        "bits": bits,
+                        "scale": None,
+                        "zero_point": 0,
+                        "qmin": qmin,
+                        "qmax": qmax,
+                    }
                 }
                 continue
             stats = seen[t.key]
@@ -341,9 +351,7 @@ class Quantize(Transform):
 
     def _static(self, histogram: Any, extremes: Any, bits: int) -> dict[str, Any]:
         counts, upper = histogram
-        return activations.choose(
-            counts, upper, extremes, bits, self.activation_calibrator, self.percentile
-        )
+        return activations.choose(counts, upper, extremes, bits, self.activation_calibrator, self.percentile)
 
     # -- apply -----------------------------------------------------------------------------------------------
 

@@ -100,7 +100,9 @@ def compensated(target: Target, code: GridCode, gram: Tensor) -> Tensor:
     expanded = [code.groups.expand(code.scale, weight.shape).expand(weight.shape)]
     zero = code.zero_point
     expanded.append(
-        torch.zeros_like(expanded[0]) if zero is None else code.groups.expand(zero, weight.shape).expand(weight.shape)
+        torch.zeros_like(expanded[0])
+        if zero is None
+        else code.groups.expand(zero, weight.shape).expand(weight.shape)
     )
     parts = [_matrices(target, t.contiguous()) for t in (weight, *expanded)]
     kept = None if mask is None else _matrices(target, mask.cpu())
