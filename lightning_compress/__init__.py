@@ -6,6 +6,7 @@ from lightning_compress.benchmark import benchmark
 from lightning_compress.callbacks.fusion import BatchNormFusion
 from lightning_compress.callbacks.monitor import CompressionMonitor
 from lightning_compress.callbacks.pruning import ScheduledPruning
+from lightning_compress.callbacks.quantization import QuantizationAwareTraining
 from lightning_compress.codes import Code
 from lightning_compress.compress import compress
 from lightning_compress.cost import cost
@@ -31,6 +32,7 @@ __all__ = [
     "PerGroup",
     "PerTensor",
     "Prune",
+    "QuantizationAwareTraining",
     "Quantize",
     "RelativeL2Error",
     "ScheduledPruning",

@@ -24,10 +24,7 @@ _FOLLOWED = (*LAYERS, *NORMS)
 
 # Operations f with f(s x) = s f(x) for s > 0 that keep channels apart, by plain name, and what they are called here.
 _ELEMENTWISE = {"relu": "relu", "leaky_relu": "leaky_relu"}
-_POOLS = {
-    "max_pool": "max_pool",
-    "avg_pool": "mean_pool",
-}  # names that hold this, with the number of axes: "2d"
+_POOLS = {"max_pool": "max_pool", "avg_pool": "mean_pool"}  # parts of names; the number of axes follows
 _REDUCTIONS = {"amax": "max_pool", "mean": "mean_pool"}
 _REORDERED = ("permute", "transpose", "t", "squeeze", "unsqueeze")
 _RESHAPED = (
@@ -201,6 +198,8 @@ def output(model: nn.Module, x: Any, watch: Watch | None = None) -> Any:
     """
     with ExitStack() as stack:
         stack.enter_context(observing(model))
+        stack.enter_context(torch.inference_mode(False))  # there, operations made of others arrive whole
+        stack.enter_context(torch.no_grad())
         stack.enter_context(_exact())
         if watch is None:
             return call(model, x)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import weakref
 from collections.abc import Mapping
@@ -12,8 +11,6 @@ import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
@@ -21,28 +18,19 @@ from torch.optim import Optimizer
 from lightning_compress.callbacks import averages
 from lightning_compress.callbacks.base import callbacks_of, logged_step
 from lightning_compress.callbacks.pruning import ScheduledPruning
-from lightning_compress.callbacks.scheduled import ScheduledCallback
-from lightning_compress.quantization import training
+from lightning_compress.callbacks.quantizing import QuantizingCallback
+from lightning_compress.quantization import optimizers, training
 from lightning_compress.quantization.learned import SMALLEST, ClippedInput, LearnedWeight
 from lightning_compress.quantization.observed import ObservedInput
 from lightning_compress.quantization.quantize import Quantize
-from lightning_compress.quantization.quantizers import TrainingQuantizer
 from lightning_compress.schedules import to_steps
 from lightning_compress.tables import listing, reasons
 from lightning_compress.targets import survey
 
 _POINTS = ("begin", "freeze_observer", "freeze_batchnorm")
-# Options of Quantize that describe what happens after training, and their value here.
-_AFTERWARDS = {
-    "mode": "static",
-    "rounding": "nearest",
-    "bias_correction": False,
-    "equalize": False,
-    "budget": None,
-}
 
 
-class QuantizationAwareTraining(ScheduledCallback):
+class QuantizationAwareTraining(QuantizingCallback):
     r"""Train with the rounding that the compressed model will have.
 
     Weights of the targets and inputs of their layers are rounded to their grid in every forward pass, with
@@ -72,8 +60,8 @@ class QuantizationAwareTraining(ScheduledCallback):
         freeze_batchnorm: from when on BatchNorm uses its running statistics and leaves them as they are; None: never.
         pact_strength: lambda of ``lambda sum alpha^2``, whose gradient is added once per optimizer step.
         protect_schedule: hold early stopping back until ``begin`` and the last change of bits.
-        gate: name of a validation metric; logs ``compress/at_target/<gate>``, infinite before that point, so that "best"
-            means best at the final bits.
+        gate: name of a validation metric; logs ``compress/at_target/<gate>``, infinite before that point, so that
+            "best" means best at the final bits.
         name: distinguishes several instances.
         quantize_options: options of ``lightning_compress.Quantize``: include, exclude, granularity, calibrator …
 
@@ -112,16 +100,6 @@ class QuantizationAwareTraining(ScheduledCallback):
         name: str | None = None,
         **quantize_options: Any,
     ) -> None:
-        super().__init__(
-            schedule="constant",
-            begin=begin,
-            end=begin,
-            unit=unit,
-            every=1,
-            protect_schedule=protect_schedule,
-            gate=gate,
-            name=name,
-        )
         if method not in training.METHODS:
             raise ValueError(f"method={method!r} is unknown; allowed: {', '.join(training.METHODS)}.")
         for value, option in ((freeze_observer, "freeze_observer"), (freeze_batchnorm, "freeze_batchnorm")):
@@ -130,131 +108,33 @@ class QuantizationAwareTraining(ScheduledCallback):
             raise ValueError(f"observer_momentum={observer_momentum}: allowed is 0 < observer_momentum <= 1.")
         if pact_strength < 0:
             raise ValueError(f"pact_strength={pact_strength}: allowed is >= 0.")
-        self.method, self.observer_momentum, self.pact_strength = method, observer_momentum, pact_strength
-        self.freeze_observer, self.freeze_batchnorm = freeze_observer, freeze_batchnorm
-        self.bits_schedule = {int(epoch): bits for epoch, bits in sorted((bits_schedule or {}).items())}
-        self.transform = self._options(
-            transform,
-            {"bits": weight_bits, "activation_bits": activation_bits},
-            edge_layers_bits,
-            quantize_options,
+        bits = {"bits": weight_bits, "activation_bits": activation_bits, "edge_bits": edge_layers_bits}
+        super().__init__(
+            training.options(transform, bits, method, quantize_options),
+            method,
+            observer_momentum,
+            begin=begin,
+            unit=unit,
+            protect_schedule=protect_schedule,
+            gate=gate,
+            name=name,
         )
-        for epoch, bits in self.bits_schedule.items():
+        self.freeze_observer, self.freeze_batchnorm = freeze_observer, freeze_batchnorm
+        self.pact_strength = pact_strength
+        self.bits_schedule = {int(epoch): bits for epoch, bits in sorted((bits_schedule or {}).items())}
+        for epoch, width in self.bits_schedule.items():
             if epoch < 0:
                 raise ValueError(f"bits_schedule has epoch {epoch}: allowed is >= 0.")
-            self.transform.grid(bits)
-        self._points: dict[str, int] = {}  # optimizer steps, fixed when training starts; -1: never
-        self._pending: dict[str, Any] | None = None  # stored states that wait for a module
-        self._kept: dict[str, Any] = {}  # states of the last run
-        self._averaged = False  # whether a checkpoint's weights are averages
-        self._restored = False  # whether this fit goes on from a stored state
-        self._owner: weakref.ref[LightningModule] | None = None  # whose steps are counted
-        self._forget()
+            self.transform.grid(width)
 
     def _forget(self) -> None:
         """Drop the references into a run."""
-        self._installed: training.Installed | None = None
-        self._quantizers: dict[str, TrainingQuantizer] = {}
-        self._averages: averages.Averages = {}
+        super()._forget()
         self._waiting: set[str] = set()  # quantizers that have seen no batch
         self._norms: list[_BatchNorm] = []
         self._frozen: list[_BatchNorm] = []  # norms that were training
         self._phase: tuple[bool, ...] = ()
         self._eager: Any = None  # torch.compile held back
-
-    def _options(
-        self,
-        transform: Quantize | None,
-        bits: Mapping[str, Any],
-        edge_bits: int | None,
-        options: Mapping[str, Any],
-    ) -> Quantize:
-        taken = {"bits": "weight_bits", "activation_bits": "activation_bits", "edge_bits": "edge_layers_bits"}
-        for option in taken.keys() & options.keys():
-            raise ValueError(f"give {option} as {taken[option]}=.")
-        if transform is None:
-            transform = Quantize(**bits, edge_bits=edge_bits, **options)
-        elif (*bits.values(), edge_bits) != (8, 8, 8) or Quantize(**options) != Quantize():
-            raise ValueError(  # a configuration file gives every option its default
-                "give either transform=, with its bits, activation_bits and edge_bits, or weight_bits, activation_bits, "
-                f"edge_layers_bits and options, not both: {sorted(options)}."
-            )
-        for option, value in _AFTERWARDS.items():
-            if getattr(transform, option) != value:
-                raise ValueError(
-                    f"{option}={getattr(transform, option)!r} is for quantization after training; allowed here is "
-                    f"{value!r}."
-                )
-        if self.method == "lsq" and (transform.format != "int" or not transform.symmetric):
-            raise ValueError(
-                "method='lsq' learns the step of a symmetric integer grid: format='int', symmetric=True."
-            )
-        return transform
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Options and own state; never the model or an optimizer."""
-        clean = type(self).__new__(type(self))
-        clean._forget()
-        return super().__getstate__() | {"_kept": self._states(), "_owner": None} | vars(clean)
-
-    # -- setup -------------------------------------------------------------------------------------------------
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Put the quantizers into the layers, in every stage: a test without them would score the float model."""
-        super().setup(trainer, pl_module, stage)
-        if is_overridden(
-            "configure_model", pl_module
-        ):  # Lightning calls it again, and asks that this be harmless
-            with trainer.precision_plugin.module_init_context():
-                pl_module.configure_model()
-        new = self._install(pl_module)
-        if new and self._home in trainer.callback_metrics:
-            packed = trainer.callback_metrics[self._home].numpy().tobytes()
-            self.load_state_dict(torch.load(io.BytesIO(packed), weights_only=True))
-        if stage == "fit" and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            rank_zero_warn(
-                f"{type(trainer.strategy.launcher).__name__} trains in processes that end with the fit, and only weights "
-                "come back from there. trainer.test(module) brings the quantizers too; before lightning_compress."
-                "finalize(module) or another trainer, call callback.bring_home(trainer, module)."
-            )
-
-    def _check(self, trainer: Trainer) -> None:
-        super()._check(trainer)
-        averaging = averages.averaging_before(self, trainer)
-        if averaging is not None:
-            raise MisconfigurationException(
-                f"{type(self).__name__} must come before {averaging} in Trainer(callbacks=[...]): the average needs the "
-                "quantizers that this callback puts into the module."
-            )
-
-    def _replay(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """As the base; layers that the replay made get their quantizers."""
-        super()._replay(pl_module, checkpoint)
-        self._install(pl_module)
-
-    def _install(self, pl_module: LightningModule) -> bool:
-        """Whether any quantizer was put in."""
-        try:
-            done = training.install(
-                pl_module, self.transform, self.method, self.observer_momentum, pl_module.example_input_array
-            )
-        except ValueError as error:
-            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
-        self._installed, self._quantizers = done, done.quantizers
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            self._restore(pending)
-        return done.new
-
-    def bring_home(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the module of this process the quantizers that processes of a fit (ddp_fork, ddp_spawn) left behind.
-
-        Args:
-            trainer: the trainer of the fit.
-            pl_module: its module.
-        """
-        self.setup(trainer, pl_module, "validate")
-        self.teardown(trainer, pl_module, "validate")
 
     # -- fit ---------------------------------------------------------------------------------------------------
 
@@ -267,7 +147,7 @@ class QuantizationAwareTraining(ScheduledCallback):
             self._counts, self._span, self._points = [], None, {}  # another module: time begins anew
             self._set_bits(0)
             self._enable(self.begin == 0)
-        self._restored, self._owner = False, weakref.ref(pl_module)
+        self._owner = weakref.ref(pl_module)
         self._waiting = {name for name, q in self._quantizers.items() if not q.initialized}
         self._check_pruning(trainer, pl_module)
         self._adopt(trainer)
@@ -275,18 +155,14 @@ class QuantizationAwareTraining(ScheduledCallback):
         for optimizer in trainer.optimizers:
             self._undo.append(optimizer.register_load_state_dict_pre_hook(self._remap).remove)
         self._advise(pl_module, trainer)
-        inputs = sorted({f"{bits}" for bits in done.inputs.values()})
-        widths = sorted({f"{bits}" for bits in done.weights.values()})
+        weights, inputs = (
+            ", ".join(map(str, sorted(set(bits.values())))) for bits in (done.weights, done.inputs)
+        )
         rank_zero_info(
-            f"QuantizationAwareTraining({self.method}): {len(done.targets)} weights with {', '.join(widths)} bits, inputs "
-            f"of {len(done.inputs)} layers{' with ' + ', '.join(inputs) + ' bits' if inputs else ''}; first and last: "
+            f"QuantizationAwareTraining({self.method}): {len(done.targets)} weights with {weights} bits, inputs of "
+            f"{len(done.inputs)} layers with {inputs or 'all'} bits; first and last: "
             f"{listing(sorted(done.edges)) or 'as the others'}. {done.note}{reasons(done.skipped)}"
         )
-
-    @property
-    def _done(self) -> training.Installed:
-        assert self._installed is not None
-        return self._installed
 
     def _enable(self, enabled: bool) -> None:
         """Switch rounding on or off; weights start with steps of what they are now."""
@@ -300,11 +176,6 @@ class QuantizationAwareTraining(ScheduledCallback):
                 started.append(id(weight))
         self._to_averages({name for name, q in self._quantizers.items() if id(q) in started})
 
-    def _to_averages(self, names: set[str]) -> None:
-        """Averages of steps that did not exist before begin with the present ones."""
-        for module in self._averages.values():
-            averages.load_tensors(module, {n: self._quantizers[n].tensors() for n in names})
-
     def _check_pruning(self, trainer: Trainer, pl_module: LightningModule) -> None:
         scheduled = self.bits_schedule.values()
         one = {key for key, bits in self._done.weights.items() if bits == 1 or 1 in scheduled}
@@ -315,8 +186,8 @@ class QuantizationAwareTraining(ScheduledCallback):
                 }
                 if one & pruned:
                     raise MisconfigurationException(
-                        f"{listing(sorted(one & pruned))}: one bit has no zero, so pruned weights would come back. Give "
-                        "them 2 bits or more, or exclude them from ScheduledPruning."
+                        f"{listing(sorted(one & pruned))}: one bit has no zero, so pruned weights would come back. "
+                        "Give them 2 bits or more, or exclude them from ScheduledPruning."
                     )
 
     def _learned(self) -> list[nn.Parameter]:
@@ -347,8 +218,8 @@ class QuantizationAwareTraining(ScheduledCallback):
         for group in (g for o in trainer.optimizers for g in o.param_groups):
             if group.get("weight_decay", 0) and any(id(p) in ids for p in group["params"]):
                 rank_zero_warn(
-                    f"an optimizer group decays learned steps (weight_decay={group['weight_decay']}), which pulls their "
-                    "range to zero: put them into a group without decay, with "
+                    f"an optimizer group decays learned steps (weight_decay={group['weight_decay']}), which pulls "
+                    "their range to zero: put them into a group without decay, with "
                     "steps, others = lightning_compress.quantization.parameter_groups(self)."
                 )
                 break
@@ -362,7 +233,7 @@ class QuantizationAwareTraining(ScheduledCallback):
 
     def _remap(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
         """A dense run's optimizer state: every moment stays with its parameter."""
-        return training.remap_optimizer_state(optimizer, state, self._learned())
+        return optimizers.remap_optimizer_state(optimizer, state, self._learned())
 
     # -- time --------------------------------------------------------------------------------------------------
 
@@ -424,7 +295,9 @@ class QuantizationAwareTraining(ScheduledCallback):
             # First batches decide on signs in Python: compiled, they would be split into a graph for every layer.
             self._eager = torch.compiler.set_stance("force_eager")
             self._undo.append(self._compile_again)
-        if trainer.fit_loop._skip_backward:  # Lightning's SWA measures the statistics anew, in an epoch without steps
+        if (
+            trainer.fit_loop._skip_backward
+        ):  # Lightning's SWA measures the statistics anew, in an epoch without steps
             self._thaw()
         elif self._phase and self._phase[2]:
             for norm in self._norms:
@@ -482,7 +355,9 @@ class QuantizationAwareTraining(ScheduledCallback):
         fused = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
         factor = 2 * self.pact_strength * (scaler.get_scale() if fused else 1.0)  # type: ignore[union-attr]
         for quantizer in self._quantizers.values():
-            if not (isinstance(quantizer, ClippedInput) and quantizer.active and id(quantizer.alpha) in owned):
+            if not (
+                isinstance(quantizer, ClippedInput) and quantizer.active and id(quantizer.alpha) in owned
+            ):
                 continue
             if quantizer.alpha.grad is not None:
                 quantizer.alpha.grad.add_(quantizer.alpha.detach(), alpha=factor)
@@ -499,22 +374,9 @@ class QuantizationAwareTraining(ScheduledCallback):
 
     # -- leave -------------------------------------------------------------------------------------------------
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Processes that end with the fit send the quantizers home with the metrics."""
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            buffer = io.BytesIO()
-            torch.save(self.state_dict(), buffer)
-            trainer.callback_metrics[self._home] = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
-
-    @property
-    def _home(self) -> str:
-        return f"compress/{self.state_key}"
-
     def _release(self) -> None:
-        super()._release()
         self._thaw()
-        self._kept = self._states()
-        self._forget()
+        super()._release()
 
     # -- logging -----------------------------------------------------------------------------------------------
 
@@ -566,59 +428,3 @@ class QuantizationAwareTraining(ScheduledCallback):
                         learned.detach()
                     )
         return {tag: v for tag, v in values.items() if math.isfinite(v)}
-
-    # -- resume ------------------------------------------------------------------------------------------------
-
-    def _states(self) -> dict[str, Any]:
-        live = {name: quantizer.state() for name, quantizer in self._quantizers.items()}
-        return live or self._kept
-
-    def state_dict(self) -> dict[str, Any]:
-        """Quantizers, points and counters: tensors, numbers, strings, lists, dicts only."""
-        states = self._states() if self._pending is None else self._pending
-        return super().state_dict() | {"quantizers": states, "points": dict(self._points)}
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Averaged weights belong with averaged steps."""
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        own = checkpoint.get("callbacks", {}).get(self.state_key)
-        if own is not None and self._averages:
-            own["averages"] = averages.tensors_of(self._averages)
-
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Bring the averages back, where there are some."""
-        super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        stored = checkpoint.get("callbacks", {}).get(self.state_key, {})
-        for quantizer in self._quantizers.values() if not stored else ():
-            quantizer.forget()  # other weights: steps of earlier ones are worth nothing
-        present = averages.averages_of(trainer)
-        for kind, module in present.items():
-            plain = {name: state["tensors"] for name, state in stored.get("quantizers", {}).items()}
-            averages.load_tensors(module, stored.get("averages", {}).get(kind, plain))
-        self._averaged = averages.IN_STATE_DICT not in present
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue as if training had not been interrupted."""
-        super().load_state_dict(state_dict)
-        self._points = dict(state_dict["points"])
-        states = dict(state_dict["quantizers"])
-        averaged = state_dict.get("averages", {}).get(averages.IN_STATE_DICT, {}) if self._averaged else {}
-        self._averaged, self._restored = False, True
-        for name, tensors in averaged.items():
-            states[name] = {**states[name], "tensors": tensors}
-        if not states:
-            return
-        if self._installed is None:
-            self._pending = states
-        else:
-            self._restore(states)
-
-    def _restore(self, states: Mapping[str, Any]) -> None:
-        try:
-            training.restore(self._quantizers, states)
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error

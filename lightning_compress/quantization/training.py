@@ -1,15 +1,14 @@
-"""Quantizers in training: which layer gets which, their state by name, and what an optimizer must know of them."""
+"""Quantizers in training: which layer gets which, their state by name, and how well they serve."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from lightning_compress.functional.groups import real
 from lightning_compress.names import clean
@@ -29,6 +28,59 @@ from lightning_compress.tables import listing, reasons
 from lightning_compress.targets import Target, survey
 
 METHODS = ("fake_quant", "lsq", "pact")
+
+
+# Options of Quantize that describe what happens after training, and their value here.
+_AFTERWARDS: dict[str, Any] = {
+    "mode": "static",
+    "rounding": "nearest",
+    "bias_correction": False,
+    "equalize": False,
+    "budget": None,
+}
+
+
+def options(
+    transform: Quantize | None, bits: Mapping[str, Any], method: str, others: Mapping[str, Any]
+) -> Quantize:
+    """The transform that describes the grids of a training.
+
+    Args:
+        transform: given as such, with its bits.
+        bits: or by ``bits``, ``activation_bits`` and ``edge_bits``, 8 when not given.
+        method: one of ``METHODS``.
+        others: and by further options of ``Quantize``.
+
+    Returns:
+        The transform.
+
+    Raises:
+        ValueError: options that training cannot follow, or given twice.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown; allowed: {', '.join(METHODS)}.")
+    taken = {"bits": "weight_bits", "activation_bits": "activation_bits", "edge_bits": "edge_layers_bits"}
+    for option in taken.keys() & others.keys():
+        raise ValueError(f"give {option} as {taken[option]}=.")
+    if transform is None:
+        transform = Quantize(**bits, **others)
+    elif (
+        set(bits.values()) != {8} or Quantize(**others) != Quantize()
+    ):  # a configuration file gives every default
+        raise ValueError(
+            "give either transform=, with its bits, activation_bits and edge_bits, or weight_bits, activation_bits, "
+            f"edge_layers_bits and options, not both: {', '.join(others) or dict(bits)}."
+        )
+    for option, value in _AFTERWARDS.items():
+        if (given := getattr(transform, option)) != value:
+            raise ValueError(
+                f"{option}={given!r} is for quantization after training; allowed here is {value!r}."
+            )
+    if method == "lsq" and (transform.format != "int" or not transform.symmetric):
+        raise ValueError(
+            "method='lsq' learns the step of a symmetric integer grid: format='int', symmetric=True."
+        )
+    return transform
 
 
 @dataclass(frozen=True)
@@ -254,77 +306,6 @@ def restore(own: Mapping[str, TrainingQuantizer], states: Mapping[str, Mapping[s
             quantizer.restore(states[name])
         except ValueError as error:
             raise ValueError(f"the stored quantizer {name} does not fit: {error}") from None
-
-
-def parameter_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Learned steps and clips apart from all other parameters, for ``configure_optimizers``.
-
-    Steps should not decay: ``weight_decay`` would pull them to zero, and with them the range. The callback puts them
-    into the model before ``configure_optimizers`` runs.
-
-    Args:
-        module: the LightningModule, or a part of it.
-
-    Returns:
-        Parameters of quantizers, and all others, each in the order of ``module.parameters()``. Without the callback
-        the first list is empty, which optimizers accept in one of several groups.
-
-    Examples:
-        >>> net = nn.Sequential(nn.Linear(4, 2))
-        >>> steps, others = parameter_groups(net)
-        >>> optimizer = torch.optim.AdamW([{"params": others}, {"params": steps, "weight_decay": 0.0}])
-        >>> len(steps), len(others)
-        (0, 2)
-
-    Source: Esser et al. 2020, Learned Step Size Quantization.
-    """
-    ours = {id(p) for q in quantizers(module).values() for p in q.parameters()}
-    parameters = list(module.parameters())
-    return [p for p in parameters if id(p) in ours], [p for p in parameters if id(p) not in ours]
-
-
-def remap_optimizer_state(
-    optimizer: Optimizer, saved: Mapping[str, Any], ours: Iterable[Tensor]
-) -> dict[str, Any] | None:
-    """The state of an optimizer from before there were quantizers, as the present one has its parameters.
-
-    Optimizers number their parameters. The saved numbers are given to the parameters that are not ours, in order;
-    ours start without state. A group that holds nothing but ours may be missing.
-
-    Args:
-        optimizer: the present one.
-        saved: ``optimizer.state_dict()`` of the dense run.
-        ours: parameters of quantizers.
-
-    Returns:
-        A state dict for ``optimizer.load_state_dict``; None if the saved one is not such a dense one.
-    """
-    ids = {id(p) for p in ours}
-    groups = optimizer.param_groups
-    if [len(g["params"]) for g in groups] == [len(g["params"]) for g in saved["param_groups"]]:
-        return None
-    own = [[p for p in g["params"] if id(p) not in ids] for g in groups]
-    paired = [i for i, g in enumerate(groups) if own[i] or not g["params"]]
-    if len(paired) != len(saved["param_groups"]):
-        return None
-    state, made, number = {}, [], 0
-    matches = dict(zip(paired, saved["param_groups"], strict=True))
-    for i, group in enumerate(groups):
-        old = matches.get(i)
-        if old is not None and len(old["params"]) != len(own[i]):
-            return None
-        numbers = iter(old["params"] if old is not None else ())
-        for offset, parameter in enumerate(group["params"]):
-            if id(parameter) not in ids:
-                key = next(numbers)
-                if key in saved["state"]:
-                    state[number + offset] = saved["state"][key]
-        options = {
-            k: v for k, v in (group if old is None else old).items() if k not in ("params", "param_names")
-        }
-        made.append({**options, "params": list(range(number, number + len(group["params"])))})
-        number += len(group["params"])
-    return {**saved, "state": state, "param_groups": made}
 
 
 # -- measure ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,91 @@
+"""Fine-tune a trained CIFAR ResNet with 2 to 8 bit weights and activations, and write what would be deployed.
+
+    python recipes/cifar_qat.py --checkpoint resnet20.safetensors --bits 4 4 --max-steps 400
+    python recipes/cifar_qat.py --checkpoint resnet20.safetensors --bits 2 2 --max-steps 31200 --lr 0.02
+
+Data and checkpoints are those of ``recipes/cifar_resnet.py``. The first and last layer keep 8 bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from cifar_resnet import CIFAR10, LitClassifier, build, logits, normalize, read
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor, nn
+
+import lightning_compress as lc
+from lightning_compress.quantization import parameter_groups
+from lightning_compress.tables import text
+
+
+class LitQuantized(LitClassifier):
+    """The classifier of ``cifar_resnet.py``, whose learned steps do not decay."""
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        steps, others = parameter_groups(self)
+        groups = [{"params": others}, {"params": steps, "weight_decay": 0.0}]
+        optimizer = torch.optim.SGD(
+            [g for g in groups if g["params"]], lr=self.hparams.lr, momentum=0.9, weight_decay=1e-4, nesterov=True
+        )
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, self.trainer.estimated_stepping_batches
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
+
+
+def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
+    return float((logits(net, images).argmax(1) == labels).float().mean())
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    archs = [name for name in lc.models.names() if name.startswith("resnet")]
+    parser.add_argument("--arch", default="resnet20", choices=archs)
+    parser.add_argument("--checkpoint", help="trained weights: .safetensors, .ckpt or .pt")
+    parser.add_argument("--data", help="folder of .npz packs; left out, torchvision downloads CIFAR-10 into data/")
+    parser.add_argument("--bits", type=int, nargs=2, default=[4, 4], help="of weights and of activations")
+    parser.add_argument("--method", default="lsq", choices=["fake_quant", "lsq", "pact"])
+    parser.add_argument("--max-steps", type=int, default=400)
+    parser.add_argument("--log-every", type=int, default=10, help="optimizer steps between log entries")
+    parser.add_argument("--train-size", type=int, help="use the first so many training images")
+    parser.add_argument("--limit-test", type=int, help="use the first so many test images")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/cifar_qat"))
+    options = parser.parse_args(argv)
+    out = options.output_dir
+    out.mkdir(parents=True, exist_ok=True)
+    seed_everything(options.seed, workers=True, verbose=False)
+    lit = LitQuantized(options.arch, options.checkpoint, options.lr)
+    dense = build(options.arch, options.checkpoint)
+    dense.load_state_dict(lit.net.state_dict())
+    images, labels = read(options.data, False, options.limit_test)
+    data = CIFAR10(options.data, options.batch_size, options.train_size, options.limit_test)
+    weights, activations = options.bits
+    qat = lc.QuantizationAwareTraining(weights, activations, method=options.method)
+    Trainer(
+        max_steps=options.max_steps,
+        callbacks=[qat, lc.CompressionMonitor()],
+        logger=[CSVLogger(out, name="csv"), TensorBoardLogger(out, name="tensorboard")],
+        log_every_n_steps=options.log_every,
+        default_root_dir=out,
+    ).fit(lit, data)
+    small = lc.finalize(lit).net
+    fused = lc.compress(small, [lc.FuseBatchNorm()], example_input=normalize(images[:1])).model
+    rows = []
+    for name, net in (("float32", dense), (f"W{weights}A{activations}", small), ("the same, fused", fused)):
+        info = lc.save(net, out / f"{name.replace(' ', '_').replace(',', '')}.lcz")
+        top1 = accuracy(net, images, labels)
+        rows.append([name, f"{top1:.2%}", f"{info.file_bytes:,}", f"{info.compression_ratio:.2f}"])
+    torch.save(small.state_dict(), out / "rounded.pt")  # plain keys and values; loads without this library
+    print(text(["network", "top-1", "file_bytes", "compression_ratio"], rows))
+
+
+if __name__ == "__main__":
+    main()
