@@ -55,10 +55,7 @@ def test_affine_equals_numpy(values, bits, signed, symmetric):
     qmin, qmax = integer_range(bits, signed)
     scale, zero = choose_qparams(torch.tensor([x.min()]), torch.tensor([x.max()]), qmin, qmax, symmetric)
     lo, hi = (np.float64(x.min()), np.float64(x.max()))
-    if symmetric:
-        want = max(abs(lo), abs(hi)) / qmax
-    else:
-        want = (max(hi, 0) - min(lo, 0)) / (qmax - qmin)
+    want = max(abs(lo), abs(hi)) / qmax if symmetric else (max(hi, 0) - min(lo, 0)) / (qmax - qmin)
     want = np.float32(want)
     s = np.float32(1.0) if want < np.finfo(np.float32).tiny else want
     z = 0 if symmetric else int(np.clip(np.rint(qmin - min(lo, 0) / np.float64(s)), qmin, qmax))

@@ -40,6 +40,9 @@ class ExportReport:
             check, or if the output has no classes.
         within_step: share of output values that differ by at most ``step``; NaN without check.
         max_difference: largest difference of an output value; NaN without check.
+        rms_difference: root mean square of the differences.
+        rms_rounding: the same of what rounding the activations changes: the model against itself with activations that
+            are not rounded.
         step: one step of the output's quantizer, or of an 8-bit grid over the outputs seen if it has none.
         samples: inputs that were compared.
         opset: of ONNX.
@@ -55,6 +58,8 @@ class ExportReport:
     top1_agreement: float
     within_step: float
     max_difference: float
+    rms_difference: float
+    rms_rounding: float
     step: float
     samples: int
     opset: int
@@ -76,6 +81,8 @@ class ExportReport:
             ["top-1 agreement", self.top1_agreement],
             ["outputs within one step", self.within_step],
             ["max difference", self.max_difference],
+            ["rms difference", self.rms_difference],
+            ["rms effect of rounding", self.rms_rounding],
             ["one step", self.step],
             ["samples compared", self.samples],
         ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.export.graph import tidy
-from lightning_compress.stats.running import observing
+from lightning_compress.stats.running import Operations, observing
 
 
 class Flat(nn.Module):
@@ -31,7 +31,7 @@ class Flat(nn.Module):
 
     def __init__(self, model: nn.Module, x: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.x = model, x
         self.leaves, self.structure = pytree.tree_flatten(x)
         self.places = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
         self.tensors = tuple(self.leaves[i] for i in self.places)
@@ -40,6 +40,10 @@ class Flat(nn.Module):
             self.names = [str(key) for key in x]
         else:
             self.names = ["x"] if count == 1 else [f"x_{i}" for i in range(count)]
+
+    def of(self, model: nn.Module) -> Flat:
+        """Another model with the same example input."""
+        return Flat(model, self.x)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """All tensors of the model's output."""
@@ -50,6 +54,20 @@ class Flat(nn.Module):
         args, kwargs = ((), x) if isinstance(x, Mapping) else (x if isinstance(x, tuple) else (x,), {})
         out = self.model(*args, **kwargs)
         return tuple(t for t in pytree.tree_leaves(out) if isinstance(t, Tensor))
+
+
+class _Transforms(Operations):
+    """Which Fourier transforms run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def wants(self, name: str) -> bool:
+        return name.startswith("_fft_")
+
+    def seen(self, name: str, args: Any, result: Any) -> None:
+        self.names.add(name.removeprefix("_"))
 
 
 def serialized(flat: Flat, dynamic_axes: bool, opset: int) -> bytes:
@@ -65,8 +83,13 @@ def serialized(flat: Flat, dynamic_axes: bool, opset: int) -> bytes:
     """
     import onnx
 
-    with observing(flat):
+    with observing(flat), _Transforms() as transforms:
         outputs = flat(*flat.tensors)
+    if transforms.names:
+        raise ValueError(
+            f"{type(flat.model).__name__} computes {', '.join(sorted(transforms.names))}, and ONNX has no complex "
+            "numbers: models with a Fourier transform cannot be exported yet. Save them with lc.save."
+        )
     results = ["y"] if len(outputs) == 1 else [f"y_{i}" for i in range(len(outputs))]
     results = [f"{name}_out" if name in flat.names else name for name in results]
     samples = flat.tensors[0].shape[:1]

@@ -154,8 +154,8 @@ def binary(x: Tensor, scale: Tensor) -> Tensor:
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int) -> Tensor:
     """Values rounded to the grid, with the straight-through gradient.
 
-    ``y = s (clip(round(x / s) + z, qmin, qmax) - z)``, ``dy/dx = 1`` for ``qmin <= x / s + z <= qmax``, else 0. The grid
-    is computed in float32, also under autocast; y has the dtype of x.
+    ``y = s (clip(round(x / s) + z, qmin, qmax) - z)``; ``dy/dx = 1`` for ``qmin <= x / s + z <= qmax``, else 0.
+    The grid is computed in float32, also under autocast; y has the dtype of x.
 
     Args:
         x: real values.
@@ -177,7 +177,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int
     Source: Bengio et al. 2013, Estimating or Propagating Gradients Through Stochastic Neurons; Jacob et al. 2018.
     """
     if torch.is_grad_enabled() and x.requires_grad:
-        result: Tensor = _Rounded.apply(x, scale.detach(), zero_point, qmin, qmax, 0.0, True)  # type: ignore[no-untyped-call]
+        result: Tensor = _Rounded.apply(x, scale.detach(), zero_point, qmin, qmax, 0.0, True)
         return result
     return dequantize(quantize(x, scale, zero_point, qmin, qmax), scale, zero_point).to(x.dtype)
 
@@ -213,7 +213,7 @@ def learned_step(
     Source: Esser et al. 2020, Learned Step Size Quantization; Choi et al. 2018, PACT.
     """
     if torch.is_grad_enabled() and (x.requires_grad or step.requires_grad):
-        result: Tensor = _Rounded.apply(x, step, None, qmin, qmax, gradient_scale, residual)  # type: ignore[no-untyped-call]
+        result: Tensor = _Rounded.apply(x, step, None, qmin, qmax, gradient_scale, residual)
         return result
     return dequantize(quantize(x, step, None, qmin, qmax), step, None).to(x.dtype)
 
@@ -248,9 +248,8 @@ class _Rounded(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return for_x, None, None, None, None, None, None
         integers = clipped.round_()  # outside it is a bound, and stays one
-        if residual:
-            slope = torch.where(inside, integers - place, integers)
-        else:
-            slope = integers.masked_fill_(inside, 0)
+        slope = (
+            torch.where(inside, integers - place, integers) if residual else integers.masked_fill_(inside, 0)
+        )
         for_scale = (slope.mul_(gradient)).sum_to_size(scale.shape) * gradient_scale
         return for_x, for_scale.to(scale.dtype), None, None, None, None, None

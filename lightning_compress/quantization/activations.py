@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_compress.functional.affine import choose_qparams, integer_range
 from lightning_compress.functional.calibrators import calibrate
+from lightning_compress.stats import Stats
 from lightning_compress.targets import Target
 
 SYMMETRIC_ONLY = ("sawb",)
@@ -24,6 +25,29 @@ def refusal(target: Target) -> str | None:
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "the attention around it multiplies its weight itself"
     return None
+
+
+def static(seen: Stats, bits: int, calibrator: str, percentile: float) -> dict[str, Any]:
+    """Configurations of the quantizers of a layer: of its input, and of its output if that was measured.
+
+    Args:
+        seen: ranges and histograms.
+        bits: 2 to 16.
+        calibrator: name of the rule.
+        percentile: for calibrator="percentile".
+
+    Returns:
+        "input_quantizer" and perhaps "output_quantizer" -> configuration of an ``InputQuantizer``.
+    """
+    pairs = {
+        "input_quantizer": (seen.histogram, seen.input_range),
+        "output_quantizer": (seen.output_histogram, seen.output_range),
+    }
+    return {
+        slot: choose(*histogram, extremes, bits, calibrator, percentile)
+        for slot, (histogram, extremes) in pairs.items()
+        if histogram is not None and extremes is not None
+    }
 
 
 def choose(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -152,7 +151,6 @@ class Grid:
         weight = weight.detach().cpu()
         groups, kind = Groups.of(granularity_of(self.granularity), weight.shape, out), format_of(self.format)
         blocks = [block.float() for block in groups.blocks(weight)]
-        rule: Callable[[Tensor], tuple[Tensor, ...]]
         if isinstance(kind, Log2):
             exponents = [
                 formats.log2_quantize(block, self.bits, rounding=kind.rounding)[1] for block in blocks
@@ -165,7 +163,8 @@ class Grid:
             return MiniFloatCode(groups.axes, groups.size, self.width, scale, kind.exponent, kind.mantissa)
         qmin, qmax = integer_range(self.bits, narrow=self.narrow)
         if self.bits == 1:
-            pairs = [choose_qparams(*2 * [block.abs().mean(1)], qmin, qmax) for block in blocks]
+            means = [block.abs().mean(1) for block in blocks]
+            pairs = [choose_qparams(mean, mean, qmin, qmax) for mean in means]
         else:
             pairs = [self._affine(block, qmin, qmax) for block in blocks]
         scale, zero = (groups.join(list(parts), weight.shape) for parts in zip(*pairs, strict=True))

@@ -13,16 +13,14 @@ from torch import Tensor, nn
 
 from lightning_compress import codes
 from lightning_compress.codes import Code
-from lightning_compress.functional.affine import integer_range
 from lightning_compress.functional.groups import Granularity, PerChannel
-from lightning_compress.names import clean
 from lightning_compress.plans import Plan
 from lightning_compress.quantization import activations, assignment, rounding, sensitivity
 from lightning_compress.quantization.grids import Format, Grid, format_of
-from lightning_compress.quantization.layers import quantize_input
 from lightning_compress.quantization.quantizers import InputQuantizer
+from lightning_compress.quantization.writing import carry_out, other_changes
 from lightning_compress.stats import Calibration, Stats
-from lightning_compress.targets import Target, locate, parameter, survey
+from lightning_compress.targets import Target, survey
 from lightning_compress.transform import Transform
 
 _MODES = ("static", "dynamic")
@@ -202,7 +200,7 @@ class Quantize(Transform):
         layers = {t.key: self._weight(t, widths[t.key], seen.get(t.key)) for t in targets}
         kept = all(self._holds(t, layers[t.key]) for t in targets)  # weights that are on their grids already
         if self.equalize:
-            layers |= self._other_changes(model, work, layers)
+            layers |= other_changes(model, work, layers)
         for name, decided in self._activations(targets, kinds, fixed, seen, skipped).items():
             layers[f"{name}.input" if name else "input"] = {"layer": name, **decided}
         described = " ".join(part for part in (source, note) if part)
@@ -288,21 +286,6 @@ class Quantize(Transform):
             decided["bias"] = rounding.corrected(target, bias, error, seen.input_mean)
         return decided
 
-    @staticmethod
-    def _other_changes(
-        model: nn.Module, work: nn.Module, layers: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, dict[str, Any]]:
-        """What equalization changed besides the targets' weights: biases, and weights that are left in float."""
-        after = {clean(name): p.detach() for name, p in work.named_parameters()}
-        changed: dict[str, dict[str, Any]] = {}
-        corrected = {f"{d['layer']}.bias" if d["layer"] else "bias" for d in layers.values() if "bias" in d}
-        for raw, before in model.named_parameters():
-            name = clean(raw)
-            if name not in layers and name not in corrected and not torch.equal(before, after[name]):
-                layer, _, param = name.rpartition(".")
-                changed[name] = {"layer": layer, "param": param, "value": after[name].cpu().clone()}
-        return changed
-
     def _activations(
         self,
         targets: list[Target],
@@ -317,10 +300,8 @@ class Quantize(Transform):
         if isinstance(self.activation_bits, int):
             widths = {t.key: fixed.get(t.key, self.activation_bits) for t in targets}
         else:
-            widths = {
-                **assignment.assign(self.activation_bits, targets, kinds, "activation_bits"),
-                **{t.key: fixed[t.key] for t in targets if t.key in fixed},
-            }
+            assigned = assignment.assign(self.activation_bits, targets, kinds, "activation_bits")
+            widths = assigned | {t.key: fixed[t.key] for t in targets if t.key in fixed}
         found: dict[str, dict[str, Any]] = {}
         for t in targets:
             why = activations.refusal(t)
@@ -328,30 +309,12 @@ class Quantize(Transform):
                 continue
             if why is not None:
                 skipped[f"{t.name}.input"] = why
-                continue
-            bits = widths[t.key]
-            if self.mode == "dynamic":
-                qmin, qmax = integer_range(bits, signed=False)
-                found[t.name] = {
-                    "input_quantizer": {
-                        "bits": bits,
-                        "scale": None,
-                        "zero_point": 0,
-                        "qmin": qmin,
-                        "qmax": qmax,
-                    }
-                }
-                continue
-            stats = seen[t.key]
-            found[t.name] = {"input_quantizer": self._static(stats.histogram, stats.input_range, bits)}
-            if self.outputs:
-                chosen = self._static(stats.output_histogram, stats.output_range, bits)
-                found[t.name]["output_quantizer"] = chosen
+            elif self.mode == "dynamic":
+                found[t.name] = {"input_quantizer": InputQuantizer(widths[t.key]).config()}
+            else:
+                rule = widths[t.key], self.activation_calibrator, self.percentile
+                found[t.name] = activations.static(seen[t.key], *rule)
         return found
-
-    def _static(self, histogram: Any, extremes: Any, bits: int) -> dict[str, Any]:
-        counts, upper = histogram
-        return activations.choose(counts, upper, extremes, bits, self.activation_calibrator, self.percentile)
 
     # -- apply -----------------------------------------------------------------------------------------------
 
@@ -379,41 +342,4 @@ class Quantize(Transform):
             ValueError: the model has no such layer, or of another shape, or a decision is malformed; nothing is written
                 then.
         """
-        writes: list[tuple[Tensor, Tensor]] = []
-        attached: list[tuple[nn.Module, str, Code]] = []
-        quantizers: list[tuple[nn.Module, InputQuantizer, bool]] = []
-        modules = {clean(name): module for name, module in model.named_modules()}
-        for key, decided in plan.layers.items():
-            try:
-                if "param" not in decided:
-                    module = modules[decided["layer"]]
-                    for slot in ("input_quantizer", "output_quantizer"):
-                        if slot in decided:
-                            quantizer = InputQuantizer(**decided[slot])
-                            quantizers.append((module, quantizer, slot == "output_quantizer"))
-                    continue
-                module, weight = locate(model, decided["layer"], decided["param"])
-                if "value" in decided:
-                    writes.append((weight, decided["value"]))
-                    continue
-                code = Code.registry[decided["kind"]].restore(decided["arrays"], decided["config"])
-                writes.append((weight, code.rebuild(decided["arrays"], weight.dtype)))
-                attached.append((module, decided["param"], code))
-                if "bias" in decided:
-                    writes.append((parameter(module, "bias"), decided["bias"]))
-            except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-                raise ValueError(f"the decision about {key!r} does not fit this model: {error!r}.") from error
-        for tensor, value in writes:
-            if tensor.shape != value.shape:
-                raise ValueError(
-                    f"the plan has a value of shape {tuple(value.shape)} for a parameter of shape "
-                    f"{tuple(tensor.shape)}: apply it to the architecture it was made for."
-                )
-        with torch.no_grad():
-            for tensor, value in writes:
-                tensor.copy_(value)
-        for module, param, code in attached:
-            codes.attach(module, param, code)
-        for module, quantizer, output in quantizers:
-            device = next((p.device for p in module.parameters()), None)
-            quantize_input(module, quantizer.to(device), output)
+        carry_out(model, plan)

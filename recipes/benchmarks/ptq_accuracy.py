@@ -23,7 +23,7 @@ from lightning_compress.stats import Calibration
 from lightning_compress.tables import text
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from cifar_resnet import augment, build, normalize, read  # noqa: E402
+from cifar_resnet import augment, build, normalize, read
 
 BEST = {"edge_bits": 8, "rounding": "compensated", "bias_correction": True}
 PLAIN = {"edge_bits": 8}

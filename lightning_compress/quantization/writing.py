@@ -1,0 +1,92 @@
+"""Carrying out a quantization plan: all of it is checked first, then weights, codes and quantizers are put in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress import codes
+from lightning_compress.codes import Code
+from lightning_compress.names import clean
+from lightning_compress.plans import Plan
+from lightning_compress.quantization.layers import quantize_input
+from lightning_compress.quantization.quantizers import InputQuantizer
+from lightning_compress.targets import locate, parameter
+
+
+def carry_out(model: nn.Module, plan: Plan) -> None:
+    """Write weights and biases in place, attach the codes, and put the quantizers into the layers.
+
+    Args:
+        model: the model of the plan, or a fresh one.
+        plan: of ``Quantize``.
+
+    Raises:
+        ValueError: the model has no such layer, or of another shape, or a decision is malformed; nothing is written
+            then.
+    """
+    writes: list[tuple[Tensor, Tensor]] = []
+    attached: list[tuple[nn.Module, str, Code]] = []
+    quantizers: list[tuple[nn.Module, InputQuantizer, bool]] = []
+    modules = {clean(name): module for name, module in model.named_modules()}
+    for key, decided in plan.layers.items():
+        try:
+            if "param" not in decided:
+                module = modules[decided["layer"]]
+                for slot in ("input_quantizer", "output_quantizer"):
+                    if slot in decided:
+                        quantizer = InputQuantizer(**decided[slot])
+                        quantizers.append((module, quantizer, slot == "output_quantizer"))
+                continue
+            module, weight = locate(model, decided["layer"], decided["param"])
+            if "value" in decided:
+                writes.append((weight, decided["value"]))
+                continue
+            code = Code.registry[decided["kind"]].restore(decided["arrays"], decided["config"])
+            writes.append((weight, code.rebuild(decided["arrays"], weight.dtype)))
+            attached.append((module, decided["param"], code))
+            if "bias" in decided:
+                writes.append((parameter(module, "bias"), decided["bias"]))
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise ValueError(f"the decision about {key!r} does not fit this model: {error!r}.") from error
+    for tensor, value in writes:
+        if tensor.shape != value.shape:
+            raise ValueError(
+                f"the plan has a value of shape {tuple(value.shape)} for a parameter of shape "
+                f"{tuple(tensor.shape)}: apply it to the architecture it was made for."
+            )
+    with torch.no_grad():
+        for tensor, value in writes:
+            tensor.copy_(value)
+    for module, param, code in attached:
+        codes.attach(module, param, code)
+    for module, quantizer, output in quantizers:
+        device = next((p.device for p in module.parameters()), None)
+        quantize_input(module, quantizer.to(device), output)
+
+
+def other_changes(
+    model: nn.Module, work: nn.Module, layers: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """What equalization changed besides the targets' weights: biases, and weights that are left in float.
+
+    Args:
+        model: before.
+        work: a copy, after.
+        layers: decisions about the targets.
+
+    Returns:
+        Parameter name -> decision.
+    """
+    after = {clean(name): p.detach() for name, p in work.named_parameters()}
+    changed: dict[str, dict[str, Any]] = {}
+    corrected = {f"{d['layer']}.bias" if d["layer"] else "bias" for d in layers.values() if "bias" in d}
+    for raw, before in model.named_parameters():
+        name = clean(raw)
+        if name not in layers and name not in corrected and not torch.equal(before, after[name]):
+            layer, _, param = name.rpartition(".")
+            changed[name] = {"layer": layer, "param": param, "value": after[name].cpu().clone()}
+    return changed
