@@ -4,6 +4,7 @@ The behaviours that users of other libraries asked for are in ``test_qat_behavio
 """
 
 import csv
+import itertools
 import math
 import warnings
 from pathlib import Path
@@ -398,7 +399,7 @@ def test_observers_freeze(point):
     probe, lit = Probe(), Lit()
     trainer(qat("fake_quant", freeze_observer=point), probe).fit(lit, loader())
     high = [float(s["net.0.input_quantizer"]["tensors"]["high"]) for s in probe.seen]
-    moves = [a != b for a, b in zip(high, high[1:], strict=False)]
+    moves = [a != b for a, b in itertools.pairwise(high)]
     assert moves == ([True] * 7 + [False] * 8 if point else [True] * 15)
 
 

@@ -1,4 +1,4 @@
-"""Killed and forked processes under quantization: resume after SIGKILL, two ranks with equal grids, quantizers that come home.
+"""Killed and forked processes under quantization: resume after SIGKILL, equal ranks, quantizers that come home.
 
 Every run is a Python process of its own, started from a script, as a user would.
 """
@@ -63,8 +63,8 @@ prune = lc.ScheduledPruning(sparsity=0.8, begin=4, end=37, unit="step", every=2)
 lit = Lit(net)
 t = trainer(qat, prune, lc.BatchNormFusion(), lc.CompressionMonitor(file_bytes="never"), Slow(), save, max_epochs=3)
 t.fit(lit, Resumable(), ckpt_path=folder / "last.ckpt" if {resume} else None)
-state = qat.state_dict()
-torch.save({{"weights": lit.state_dict(), "state": state, "optimizer": t.optimizers[0].state_dict()}}, folder / "end.pt")
+end = {{"weights": lit.state_dict(), "state": qat.state_dict(), "optimizer": t.optimizers[0].state_dict()}}
+torch.save(end, folder / "end.pt")
 """
 
 
@@ -143,7 +143,8 @@ class Data(pl.LightningDataModule):
     def train_dataloader(self):
         rank = self.trainer.global_rank
         x, y = loader().dataset.tensors
-        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset((20 * x) if rank else x.abs(), y), batch_size=4)
+        data = torch.utils.data.TensorDataset((20 * x) if rank else x.abs(), y)
+        return torch.utils.data.DataLoader(data, batch_size=4)
 
 
 if __name__ == "__main__":

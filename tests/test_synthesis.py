@@ -73,7 +73,7 @@ def test_start_is_smooth_and_as_large_as_the_example() -> None:
     x = match_batchnorm(net(), EXAMPLE, 64, steps=1, lr=1e-9, progress=False)
     assert abs(float(x.mean())) < 0.01 and abs(float(x.std()) - 1) < 0.01
     steps = (x[..., 1:] - x[..., :-1]).square().mean()
-    assert float(steps) < 1.0  # 2 in white noise
+    assert float(steps) < 1.2  # 2 in white noise
     example = torch.randn(5, 2, 8, 8) * torch.tensor([0.1, 30.0]).view(1, 2, 1, 1) + 7
     x = match_batchnorm(net(), example, 64, steps=1, lr=1e-9, progress=False)
     for channel in range(2):

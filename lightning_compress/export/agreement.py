@@ -125,8 +125,8 @@ def _judged(
         if not _rms(gap) <= allowed:  # also if it is NaN
             raise ValueError(
                 f"the file is not kept: its outputs in ONNX Runtime differ from the model's by {_rms(gap):.3g} (root "
-                f"mean square; largest {gap.max():.3g}), allowed is {allowed:.3g}: one step of an output is {step:.3g}, "
-                f"and rounding activations changes the outputs by {rounding:.3g}."
+                f"mean square; largest {gap.max():.3g}), allowed is {allowed:.3g}: one output step is {step:.3g}, and "
+                f"rounding activations changes the outputs by {rounding:.3g}."
             )
         this = (float(gap.max()) / step, float(gap.max()), _rms(gap), rounding, step)
         worst = this if worst is None else max(worst, this)
