@@ -38,6 +38,7 @@ from lightning_compress.transform import Transform
 
 T = TypeVar("T", bound=Transform)
 _OPTION = re.compile(r"(?<=^--)\w[\w-]*")
+_SAMPLERS = (*SAMPLERS, "batchnorm")
 
 
 class InputError(ValueError):
@@ -91,7 +92,7 @@ def _compress(options: Namespace, steps: Sequence[Transform]) -> None:
         raise InputError(f"--output and --state_dict are both {options.output}: give two names.")
     network = _trained(options, options.checkpoint)
     example = _example(network, options.example_shape)
-    result = compress(network, steps, example_input=example, data=_inputs(options.data))
+    result = compress(network, steps, example_input=example, data=_inputs(network, options.data))
     info = archive.save(result.model, files[0])
     if options.state_dict:
         with replacing(files[1]) as file:
@@ -128,9 +129,9 @@ def _transform(kind: type[T], options: Namespace) -> T:
         return kind(**values)
 
 
-def _inputs(name: str | None) -> Any:
+def _inputs(model: nn.Module, name: str | None) -> Any:
     """Calibration inputs: a sampler name, the array in a file, or what a function of the user returns."""
-    if name is None or name in SAMPLERS:
+    if name is None or name in _SAMPLERS:
         return name
     if ":" in name:
         with _from_here():
@@ -138,12 +139,16 @@ def _inputs(name: str | None) -> Any:
     if not Path(name).is_file():
         raise InputError(
             f"--data {name} is no file; allowed are an .npy file of inputs, package.module:callable that returns "
-            f"batches or a loader, and {', '.join(SAMPLERS)}."
+            f"batches or a loader, and {', '.join(_SAMPLERS)}."
         )
     try:
-        return torch.from_numpy(np.load(name, allow_pickle=False))
+        array = torch.from_numpy(np.load(name, allow_pickle=False))
     except (ValueError, TypeError, EOFError) as error:
         raise InputError(f"--data {name} does not hold one numeric array (.npy): {error}") from error
+    array = (
+        array.float() if array.dtype == torch.float64 else array
+    )  # NumPy's default, and rarely a network's
+    return _accepted(model, array, f"the array in --data {name}, samples first", array[:2])
 
 
 def _trained(options: Namespace, checkpoint: str | None) -> nn.Module:
@@ -171,12 +176,16 @@ def _example(model: nn.Module, shape: Sequence[int] | None) -> Tensor | None:
     if min(shape) < 1:
         raise InputError(f"--example_shape {written}: every extent must be at least 1.")
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    return _accepted(model, x, f"an input of --example_shape {written}", x)
+
+
+def _accepted(model: nn.Module, x: Tensor, what: str, sample: Tensor) -> Tensor:
+    """The input, after the network has run on a sample of it."""
     try:
         with evaluating(model):
-            call(model, x)
+            call(model, sample)
     except Exception as error:  # the user's own code
-        what = f"{type(model).__name__} does not take an input of --example_shape {written}"
-        raise InputError(f"{what}: {error}") from error
+        raise InputError(f"{type(model).__name__} does not take {what}: {error}") from error
     return x
 
 
@@ -234,25 +243,33 @@ _TEXTS = {  # options that may be a name, though the transform also takes an obj
     "format": "int, log2, e4m3, e5m2, e3m4, e2m1, fp16 or bf16",
     "granularity": "per_channel, per_tensor or per_group:SIZE",
 }
+_LISTS: dict[str, Any] = {  # one or more values after the option
+    "include": {"help": "patterns of layer names to take"},
+    "exclude": {"help": "patterns of layer names to leave"},
+    "candidates": {"type": int, "help": 'for bits="auto": numbers of bits to choose from'},
+}
 
 
 def _transform_options(parser: ArgumentParser, kind: type[Transform]) -> None:
     """The fields of a transform as options, with their types, defaults and descriptions."""
-    parser.add_class_arguments(kind, as_group=False, skip={*_TEXTS, "include", "exclude"})
+    parser.add_class_arguments(kind, as_group=False, skip={*_TEXTS, *_LISTS})
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.name in _TEXTS:
             default = field.default if isinstance(field.default, str) else "per_channel"
             parser.add_argument(f"--{field.name}", default=default, help=_TEXTS[field.name])
-    parser.add_argument("--include", nargs="+", default="*", help="patterns of layer names to take")
-    parser.add_argument("--exclude", nargs="+", default=(), help="patterns of layer names to leave")
+        if field.name in _LISTS:
+            default = field.default if isinstance(field.default, str) else list(field.default)
+            parser.add_argument(f"--{field.name}", nargs="+", default=default, **_LISTS[field.name])
 
 
 def _compress_options(parser: ArgumentParser, kind: type[Transform], fuse: str) -> None:
     _network_options(parser, shape_required=False)
     _transform_options(parser, kind)
-    data = f"calibration inputs: an .npy file, package.module:callable, or {', '.join(SAMPLERS)}"
+    data = f"calibration inputs: an .npy file, package.module:callable, or {', '.join(_SAMPLERS)}"
     parser.add_argument("--data", help=f"{data}; drawn to fit the network if left out")
-    parser.add_argument("--fuse", action="store_true", help=f"fold BatchNorm into the layer before it, {fuse}")
+    parser.add_argument(
+        "--fuse", action="store_true", help=f"fold BatchNorm into the layer before it, {fuse}"
+    )
     parser.add_argument("--output", required=True, help="archive to write, e.g. net.lcz")
     parser.add_argument("--state_dict", help="also write the plain state dict, to use without this library")
     parser.add_argument("--force", action="store_true", help="replace files that exist")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_compress import codes, tables
 from lightning_compress.names import clean
 from lightning_compress.stats.running import Operations, call, observing, unwrap
-from lightning_compress.targets import find
+from lightning_compress.targets import find, own_parameters, plain_class
 
 UNKNOWN = float("nan")
 
@@ -183,7 +183,7 @@ def cost(model: nn.Module, x: Any = None) -> Cost:
     counter = None if x is None else _count(model, x, modules, holders)
     attached = {key: code for key, _, _, code in codes.of(model)}
     sums: dict[str, Counter[str]] = {}
-    for raw, parameter in model.named_parameters():
+    for raw, parameter in own_parameters(model):
         key = clean(raw)
         sums.setdefault(holders[key], Counter()).update(_storage(parameter.detach(), attached.get(key)))
     layers = []
@@ -194,7 +194,7 @@ def cost(model: nn.Module, x: Any = None) -> Cost:
             layers.append(
                 LayerCost(
                     name,
-                    type(module).__name__,
+                    plain_class(module).__name__,
                     **{field: held[field] for field in _STORAGE},
                     macs=macs if counter else UNKNOWN,
                     calls=counter.calls[name] if counter else 0,
@@ -212,7 +212,7 @@ def _holders(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]:
     """
     named = {t.key: t.name for t in find(model)}
     holders = {}
-    for raw, _ in model.named_parameters(remove_duplicate=False):
+    for raw, _ in own_parameters(model, remove_duplicate=False):
         key = clean(raw)
         outer, inner, _ = f".{key}".partition(".parametrizations.")
         holder = outer[1:] if inner else key.rpartition(".")[0]
@@ -240,7 +240,7 @@ def _storage(weight: Tensor, code: codes.Code | None) -> dict[str, int]:
 def _count(model: nn.Module, x: Any, modules: dict[str, nn.Module], holders: dict[str, str]) -> _Counter:
     """Run the model once and count, each operation at the innermost layer that runs."""
     storages: dict[int, list[str]] = {}
-    for raw, parameter in model.named_parameters(remove_duplicate=False):
+    for raw, parameter in own_parameters(model, remove_duplicate=False):
         if address := parameter.untyped_storage().data_ptr():  # 0 on the meta device
             storages.setdefault(address, []).append(holders[clean(raw)])
     counter = _Counter(storages)

@@ -40,23 +40,6 @@ class StandIn(ABC):
         """
 
 
-def plain_class(layer: nn.Module) -> type[nn.Module]:
-    """The class that the user gave a layer, whatever stands in for it now.
-
-    Args:
-        layer: any module.
-
-    Returns:
-        Its own class, or the one that its present class names as ``_plain_class``.
-
-    Examples:
-        >>> plain_class(nn.Linear(1, 1)).__name__
-        'Linear'
-    """
-    found: type[nn.Module] = getattr(type(layer), "_plain_class", type(layer))
-    return found
-
-
 def finalize(module: nn.Module) -> nn.Module:
     """A copy for use: eval mode, the same outputs bit for bit, the same keys, and nothing left of the training.
 

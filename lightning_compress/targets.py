@@ -103,6 +103,43 @@ def parameter(module: nn.Module, name: str) -> nn.Parameter:
     return found
 
 
+def plain_class(layer: nn.Module) -> type[nn.Module]:
+    """The class that the user gave a layer, whatever stands in for it now.
+
+    Args:
+        layer: any module.
+
+    Returns:
+        Its own class, or the one that its present class names as ``_plain_class``.
+
+    Examples:
+        >>> plain_class(nn.Linear(1, 1)).__name__
+        'Linear'
+    """
+    found: type[nn.Module] = getattr(type(layer), "_plain_class", type(layer))
+    return found
+
+
+def own_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of the user's model, without those that a method has added for the time of training.
+
+    Args:
+        model: any module.
+        remove_duplicate: give a shared parameter once.
+
+    Yields:
+        Name, as ``model.named_parameters`` gives it, and parameter.
+
+    Examples:
+        >>> [name for name, _ in own_parameters(nn.Linear(2, 1))]
+        ['weight', 'bias']
+    """
+    added = {id(p) for m in model.modules() if getattr(m, "auxiliary", False) for p in m.parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=remove_duplicate):
+        if id(parameter) not in added:
+            yield name, parameter
+
+
 UNREGISTERED = "not a registered weight (give its full name in include, or lc.register its layer type)"
 _REGISTRY: dict[type | str, list[_Kind]] = {}
 
@@ -257,7 +294,7 @@ def survey(model: nn.Module, include: Patterns = "*", exclude: Patterns = ()) ->
             name = clean(raw)
             owned[f"{name}.{param}" if name else param] = (name, module, param, axes, default)
 
-    for raw, parameter in model.named_parameters(remove_duplicate=False):
+    for raw, parameter in own_parameters(model, remove_duplicate=False):
         key = clean(raw)
         name, _, param = key.rpartition(".")
         owner = owned.get(key)

@@ -112,9 +112,9 @@ def test_planning_writes_nothing_and_plans_replay() -> None:
         for a, b in zip(model.state_dict().values(), before.state_dict().values(), strict=True)
     )
     other = nn.Sequential(nn.BatchNorm2d(7))
-    with pytest.raises(ValueError, match="statistics of 4 channels for bn1.*None"):
+    with pytest.raises(ValueError, match=r"statistics of 4 channels for bn1.*None"):
         ReestimateBatchNorm().apply(other, plan)
-    with pytest.raises(ValueError, match="statistics of 2 channels for 0.*BatchNorm2d"):
+    with pytest.raises(ValueError, match=r"statistics of 2 channels for 0.*BatchNorm2d"):
         ReestimateBatchNorm().apply(other, Plan({"0": {"running_mean": torch.zeros(2)}}))
 
 

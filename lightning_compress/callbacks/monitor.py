@@ -20,6 +20,7 @@ from lightning_compress import archive, plots, tables
 from lightning_compress.callbacks.base import CompressionCallback, callbacks_of, logged_step
 from lightning_compress.callbacks.measured import QUANTITIES, Measured
 from lightning_compress.cost import cost
+from lightning_compress.finalize import StandIn, finalize
 from lightning_compress.stats.running import evaluating
 from lightning_compress.targets import find
 from lightning_compress.transform import Transform
@@ -167,11 +168,12 @@ class CompressionMonitor(CompressionCallback):
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> Measured:
         """Count; every rank does, and gets the same."""
         example, plugin = pl_module.example_input_array, trainer.precision_plugin
+        module = _deployed(pl_module)
         with plugin.forward_context():
-            counted = cost(pl_module, None if example is None else plugin.convert_input(example))
+            counted = cost(module, None if example is None else plugin.convert_input(example))
             with evaluating(pl_module):
                 more = {name: float(function(pl_module)) for name, function in self.quantities.items()}
-        return Measured(counted, find(pl_module), more)
+        return Measured(counted, find(module), more)
 
     def _log(self, trainer: Trainer, measured: Measured, step: int) -> None:
         """Send one measurement to the loggers; no tag gets two points at one step."""
@@ -212,10 +214,16 @@ class CompressionMonitor(CompressionCallback):
         return [f"compress/{name}" for name in names]
 
 
+def _deployed(pl_module: LightningModule) -> nn.Module:
+    """What would be used after training: while layers stand in for others, a copy with the plain ones."""
+    waits = any(isinstance(module, StandIn) for module in pl_module.modules())
+    return finalize(pl_module) if waits else pl_module
+
+
 def _archived(pl_module: LightningModule) -> archive.ArchiveInfo:
-    """Write an archive of the module and throw it away."""
+    """Write an archive of the module as it would be used, and throw it away."""
     with tempfile.TemporaryDirectory() as folder:
-        return archive.save(pl_module, Path(folder) / "model.lcz", verify=False)
+        return archive.save(_deployed(pl_module), Path(folder) / "model.lcz", verify=False)
 
 
 def _callbacks(trainer: Trainer) -> list[CompressionCallback]:

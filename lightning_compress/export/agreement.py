@@ -14,6 +14,7 @@ from lightning_compress.export.trace import Flat
 from lightning_compress.stats.running import observing
 
 _LEVELS = 255  # of the grid that stands in for an output quantizer
+_RANDOM = 16  # samples
 _FLOAT = 0.01  # of a step: what float32 files may differ by
 _Arrays = list[np.ndarray[Any, Any]]
 
@@ -42,10 +43,10 @@ def agreement(flat: Flat, bare: nn.Module | None, data: bytes, dynamic_axes: boo
         flat: the model, with its example input.
         bare: the model without rounded activations; None if the file has none either.
         data: the bytes of the file.
-        dynamic_axes: whether another number of samples may be given; then the random inputs are one more.
+        dynamic_axes: whether another number of samples may be given; the random inputs then are at most 16.
 
     Returns:
-        Shares and differences over all inputs and outputs.
+        Shares and differences on the given inputs, over all outputs. Random inputs are judged in the same way.
 
     Raises:
         ValueError: the outputs differ by more than one step and by more than rounding changes them (root mean
@@ -58,17 +59,14 @@ def agreement(flat: Flat, bare: nn.Module | None, data: bytes, dynamic_axes: boo
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     read = {entry.name for entry in session.get_inputs()}
-    runs: list[tuple[_Arrays, _Arrays]] = []
-    samples = 0
-    unrounded: list[_Arrays] = []
+    found = []
     for tensors in (flat.tensors, _random(flat.tensors, dynamic_axes)):
-        runs.append((_outputs(flat, tensors), []))
+        expected = _outputs(flat, tensors)
+        unrounded = None if bare is None else _outputs(flat.of(bare), tensors)
         feed = {name: t.numpy() for name, t in zip(flat.names, tensors, strict=True) if name in read}
-        runs[-1][1].extend(session.run(None, feed))
-        if bare is not None:
-            unrounded.append(_outputs(flat.of(bare), tensors))
-        samples += len(tensors[0]) if tensors[0].dim() else 1
-    return _judged(runs, unrounded, _output_steps(data), samples)
+        samples = len(tensors[0]) if tensors[0].dim() else 1
+        found.append(_judged(expected, session.run(None, feed), unrounded, _output_steps(data), samples))
+    return found[0]
 
 
 def _outputs(flat: Flat, tensors: tuple[Tensor, ...]) -> _Arrays:
@@ -77,12 +75,13 @@ def _outputs(flat: Flat, tensors: tuple[Tensor, ...]) -> _Arrays:
 
 
 def _random(tensors: tuple[Tensor, ...], dynamic_axes: bool) -> tuple[Tensor, ...]:
-    """Normal values for numbers, the given entries in another order for integers; one sample more if that is free."""
+    """Normal values for numbers, the given entries in another order for integers; another number of samples if that is free."""
     generator = torch.Generator().manual_seed(0)
     drawn = []
+    given = tensors[0].shape[:1]
     for t in tensors:
-        more = int(dynamic_axes and t.dim() > 0 and t.shape[:1] == tensors[0].shape[:1])
-        shape = (t.shape[0] + more, *t.shape[1:]) if t.dim() else ()
+        free = dynamic_axes and t.dim() > 0 and t.shape[:1] == given
+        shape = (min(len(t) + 1, _RANDOM), *t.shape[1:]) if free else tuple(t.shape)
         if t.is_floating_point():
             values = t.mean() + t.std(correction=0) * torch.randn(shape, generator=generator)
             drawn.append(values.to(t.dtype))
@@ -104,24 +103,21 @@ def _output_steps(data: bytes) -> list[float | None]:
 
 
 def _judged(
-    runs: list[tuple[_Arrays, _Arrays]], unrounded: list[_Arrays], steps: list[float | None], samples: int
+    expected: _Arrays, found: _Arrays, unrounded: _Arrays | None, steps: list[float | None], samples: int
 ) -> Agreement:
     """Over all outputs; differences are those of the output that differs most in its steps."""
     within, top1, worst = [], [], None
-    for place, known in enumerate(steps):
-        expected, found = (np.concatenate([run[side][place] for run in runs]) for side in (0, 1))
-        if not np.issubdtype(expected.dtype, np.floating):
-            within.append((expected == found).ravel())
+    for place, (wanted, got, known) in enumerate(zip(expected, found, steps, strict=True)):
+        if not np.issubdtype(wanted.dtype, np.floating):
+            within.append((wanted == got).ravel())
             continue
-        step = known or float(np.ptp(expected)) / _LEVELS or 1.0
-        gap = np.abs(expected.astype(np.float64) - found)
+        step = known or float(np.ptp(wanted)) / _LEVELS or 1.0
+        gap = np.abs(wanted.astype(np.float64) - got)
         within.append((gap <= step * (1 + 1e-4)).ravel())
-        if expected.ndim > 1 and expected.shape[1] > 1:
-            top1.append((expected.argmax(1) == found.argmax(1)).ravel())
-        rounding = 0.0
-        if unrounded:
-            rounding = _rms(expected - np.concatenate([run[place] for run in unrounded]))
-        allowed = max(step, rounding) if unrounded else _FLOAT * step
+        if wanted.ndim > 1 and wanted.shape[1] > 1:
+            top1.append((wanted.argmax(1) == got.argmax(1)).ravel())
+        rounding = 0.0 if unrounded is None else _rms(wanted - unrounded[place])
+        allowed = _FLOAT * step if unrounded is None else max(step, rounding)
         if not _rms(gap) <= allowed:  # also if it is NaN
             raise ValueError(
                 f"the file is not kept: its outputs in ONNX Runtime differ from the model's by {_rms(gap):.3g} (root "

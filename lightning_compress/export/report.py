@@ -44,7 +44,7 @@ class ExportReport:
         rms_rounding: the same of what rounding the activations changes: the model against itself with activations that
             are not rounded.
         step: one step of the output's quantizer, or of an 8-bit grid over the outputs seen if it has none.
-        samples: inputs that were compared.
+        samples: given inputs that were compared; random ones are checked besides.
         opset: of ONNX.
         versions: of torch, onnx and onnxruntime.
         notes: what else there is to know.

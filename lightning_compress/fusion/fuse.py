@@ -22,7 +22,6 @@ from lightning_compress.connections import (
     tensors_of,
     trace,
 )
-from lightning_compress.finalize import plain_class
 from lightning_compress.fusion.fold import (
     affine,
     channels,
@@ -35,7 +34,7 @@ from lightning_compress.names import clean, matches
 from lightning_compress.plans import Plan
 from lightning_compress.stats import Calibration
 from lightning_compress.stats.running import observing
-from lightning_compress.targets import survey
+from lightning_compress.targets import plain_class, survey
 from lightning_compress.transform import Transform, applied
 
 _TOLERANCE = 1e-5  # of the largest output, in float32

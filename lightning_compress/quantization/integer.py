@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress import codes
-from lightning_compress.finalize import finalize, plain_class
+from lightning_compress.finalize import finalize
 from lightning_compress.functional.affine import quantize
 from lightning_compress.names import clean
 from lightning_compress.quantization.codes import Affine
@@ -20,7 +20,7 @@ from lightning_compress.quantization.layers import input_quantizer, output_quant
 from lightning_compress.quantization.quantizers import InputQuantizer
 from lightning_compress.stats.running import call, evaluating, first_tensor
 from lightning_compress.tables import reasons
-from lightning_compress.targets import parameter
+from lightning_compress.targets import parameter, plain_class
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)

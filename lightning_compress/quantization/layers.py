@@ -12,9 +12,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lightning_compress import codes
-from lightning_compress.finalize import StandIn, plain_class
+from lightning_compress.finalize import StandIn
 from lightning_compress.plans import Plan
-from lightning_compress.quantization.quantizers import InputQuantizer, Quantizer
+from lightning_compress.quantization.quantizers import Quantizer
+from lightning_compress.targets import plain_class
 from lightning_compress.transform import Coverage, Step, record
 
 _INPUT, _OUTPUT = "input_quantizer", "output_quantizer"

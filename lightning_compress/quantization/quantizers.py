@@ -22,6 +22,8 @@ class Quantizer(nn.Module):
         bits: 1 to 16.
     """
 
+    auxiliary: ClassVar[bool] = True  # no part of the user's model
+
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.bits = bits
