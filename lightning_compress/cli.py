@@ -255,10 +255,11 @@ def _transform_options(parser: ArgumentParser, kind: type[Transform]) -> None:
     parser.add_class_arguments(kind, as_group=False, skip={*_TEXTS, *_LISTS})
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.name in _TEXTS:
-            default = field.default if isinstance(field.default, str) else "per_channel"
-            parser.add_argument(f"--{field.name}", default=default, help=_TEXTS[field.name])
+            named = field.default if isinstance(field.default, str) else "per_channel"
+            parser.add_argument(f"--{field.name}", default=named, help=_TEXTS[field.name])
         if field.name in _LISTS:
-            default = field.default if isinstance(field.default, str) else list(field.default)
+            given: Any = field.default
+            default = given if isinstance(given, str) else list(given)
             parser.add_argument(f"--{field.name}", nargs="+", default=default, **_LISTS[field.name])
 
 

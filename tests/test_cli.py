@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -30,6 +31,9 @@ def by_position(target, stats):
 
 def words():
     return "net"
+
+def batches():
+    return [torch.linspace(0, 1, 16 * 36).view(16, 1, 6, 6)]
 
 number = 3
 """
@@ -213,6 +217,107 @@ def test_the_working_folder_leaves_the_import_path() -> None:
     assert sys.path == before
 
 
+# -- quantize ------------------------------------------------------------------------------------------------
+
+LENET = "quantize --model lenet5 --checkpoint lenet5.pt --output net.lcz"
+
+
+@pytest.fixture
+def lenet() -> nn.Module:
+    """LeNet-5 with weights in lenet5.pt, and MNIST-like inputs in images.npy."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = lc.models.build("lenet5").eval()
+    torch.save(model.state_dict(), "lenet5.pt")
+    np.save("images.npy", np.random.default_rng(0).random((40, 1, 28, 28)).astype(np.float32))
+    return model
+
+
+# command line -> the same in Python, and the most values that one output row of a weight may have
+QUANTIZED = {
+    "--bits 4": (lc.Quantize(4), 15),
+    "--bits 8 --activation-bits 8 --data images.npy": (lc.Quantize(8, 8), 255),
+    "--bits 8 --activation-bits 8 --mode dynamic": (lc.Quantize(8, 8, "dynamic"), 255),
+    "--bits 3 --granularity per_group:16": (lc.Quantize(3, granularity=lc.PerGroup(16)), None),
+    "--bits 5 --granularity per_tensor --symmetric false --calibrator minmax": (
+        lc.Quantize(5, granularity="per_tensor", symmetric=False, calibrator="minmax"),
+        31,
+    ),
+    "--format e4m3": (lc.Quantize(format="e4m3"), 253),  # 256 patterns less two NaN and one of two zeros
+    "--format log2 --bits 3": (lc.Quantize(3, format="log2"), 7),
+    "--bits auto --budget 4 --candidates 2 4 8": (
+        lc.Quantize("auto", budget=4, candidates=(2, 4, 8)),
+        255,
+    ),
+    '--bits {"fc*":2,"*":6} --edge-bits 8 --exclude fc2': (
+        lc.Quantize({"fc*": 2, "*": 6}, edge_bits=8, exclude=["fc2"]),
+        None,
+    ),
+    "--bits 4 --rounding compensated --bias-correction true --samples 32 --data images.npy": (
+        lc.Quantize(4, rounding="compensated", bias_correction=True, samples=32),
+        15,
+    ),
+}
+
+
+@pytest.mark.parametrize("options", QUANTIZED)
+def test_quantize_equals_the_library(
+    options: str, lenet: nn.Module, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same weights and streams as from Python, and whoever reads them gets the same outputs."""
+    transform, most = QUANTIZED[options]
+    assert cli.main([*LENET.split(), *options.split()]) == 0
+    out = capsys.readouterr().out
+    images = torch.from_numpy(np.load("images.npy"))
+    expected = lc.compress(lenet, [transform], data=images if "images" in options else None).model
+    lc.save(expected, "expected.lcz")
+    written = lc.inspect("net.lcz")
+    assert written.tensors == lc.inspect("expected.lcz").tensors and written.stale == {}
+    assert f"{Path('net.lcz').stat().st_size:,}" in out
+    restored = lc.load("net.lcz", into=lc.models.build("lenet5")).eval()
+    assert same(restored, expected) and torch.equal(restored(images), expected(images))
+    assert not torch.equal(restored(images), lenet(images))
+    if most is not None:
+        assert all(len(t.weight[0].unique()) <= most for t in lc.find(restored))
+
+
+def test_quantize_draws_inputs_where_it_needs_them(
+    net: nn.Module, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the statistics of BatchNorm, which folding takes away before; and says so."""
+    torch.save(net.state_dict(), "net.pt")
+    argv = (
+        "quantize --model my_networks:build --checkpoint net.pt --output net.lcz --fuse --activation-bits 8"
+    )
+    argv += " --example-shape 1 1 6 6 --samples 8 --force --data"
+    printed = {}
+    for data in ("batchnorm", "normal", "grf", "my_networks:batches"):
+        assert cli.main([*argv.split(), data]) == 0
+        printed[data] = capsys.readouterr().out
+    for data in ("batchnorm", "normal", "grf"):
+        assert f"data: Quantize synthetic:{data} n=8 seed=0" in printed[data]
+    assert "data: Quantize data n=8" in printed["my_networks:batches"]
+    restored = lc.load("net.lcz", into=network()).eval()
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in restored.modules())
+    assert restored[0].input_quantizer.bits == 8
+
+
+def test_quantize_options_are_those_of_the_transform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing given every option has the transform's default."""
+    seen = []
+
+    def compress(model: nn.Module, steps: list[lc.Transform], **kwargs: object) -> object:
+        seen.extend(steps)
+        return lc.compress(model, [lc.Quantize()])
+
+    monkeypatch.setattr(cli, "compress", compress)
+    assert cli.main(["quantize", "--model", "lenet5", "--output", "net.lcz"]) == 0
+    [step] = seen
+    given, default = step.config(), lc.Quantize().config()
+    assert given.pop("granularity") == "per_channel" and default.pop("granularity")["type"] == "PerChannel"
+    assert given == default
+
+
 # -- checkpoints ---------------------------------------------------------------------------------------------
 
 
@@ -285,6 +390,7 @@ def test_loading_never_runs_code_and_never_half_loads(
 # -- refusals ------------------------------------------------------------------------------------------------
 
 PRUNE = "prune --model my_networks:build --output net.lcz"
+QUANTIZE = "quantize --model lenet5 --output net.lcz"
 REFUSED = {
     "": "verb",
     "squash": "squash",
@@ -313,6 +419,23 @@ REFUSED = {
     f"{PRUNE} --example-shape 1 x": "x",
     f"{PRUNE} --example-shape 0 1 6 6": "0 1 6 6",
     f"{PRUNE} --example-shape 1 3 6 6": "1 3 6 6",
+    "quantize --model lenet5": "output",
+    f"{QUANTIZE} --bits 17": "1 <= bits <= 16",
+    f"{QUANTIZE} --bits few": "few",
+    f"{QUANTIZE} --bits auto": "budget",
+    f"{QUANTIZE} --bits auto --budget 1.5": "allowed is >= 2",
+    f"{QUANTIZE} --activation-bits 1": "2 <= activation_bits <= 16",
+    f"{QUANTIZE} --activation-bits 8": "data=",
+    f"{QUANTIZE} --format int4": "e4m3",
+    f"{QUANTIZE} --granularity per_row": "per_group:SIZE",
+    f"{QUANTIZE} --granularity per_group:1000": "allowed is 1 to 25",
+    f"{QUANTIZE} --calibrator best": "percentile",
+    f"{QUANTIZE} --rounding up": "nearest, compensated",
+    f'{QUANTIZE} --bits {{"conv9":4}}': "conv9",
+    f"{QUANTIZE} --data missing.npy": "missing.npy",
+    f"{QUANTIZE} --data my_networks.py": "my_networks.py",
+    f"{QUANTIZE} --activation-bits 8 --data wrong.npy": "expected input[2, 3, 5, 5] to have 1 channels",
+    f"{QUANTIZE} --fuse": "no BatchNorm",
     "benchmark --model my_networks:build": "example_shape",
     "benchmark --model my_networks:build --example-shape 1 1 6 6 --baseline missing.pt": "missing.pt",
 }
@@ -322,6 +445,7 @@ REFUSED = {
 def test_bad_input_is_one_line_that_names_it(
     command: str, named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    np.save("wrong.npy", np.zeros((4, 3, 5, 5)))
     assert named in refused(capsys, *command.split())
     assert not Path("net.lcz").exists()
 
@@ -351,10 +475,13 @@ def test_files_are_replaced_only_with_force(net: nn.Module, capsys: pytest.Captu
 def test_help_lists_the_verbs_and_the_options_of_the_transform(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(verb in out for verb in ("prune", "inspect", "benchmark"))
+    assert all(verb in out for verb in ("prune", "quantize", "inspect", "benchmark"))
     assert cli.main(["prune", "--help"]) == 0
     out = capsys.readouterr().out
     assert "share of zeros in [0, 1)" in out and "--max_layer_sparsity" in out and "--include" in out
+    assert cli.main(["quantize", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "per_group:SIZE" in out and "--activation_calibrator" in out and "batchnorm" in out
 
 
 def test_benchmark_compares_with_the_baseline_and_writes_json(

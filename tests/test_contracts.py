@@ -12,6 +12,7 @@ from torch import nn
 
 import lightning_compress as lc
 from lightning_compress import codes
+from lightning_compress.batchnorm import ReestimateBatchNorm
 from lightning_compress.codes import same_bits
 from lightning_compress.plans import from_json, to_json
 from lightning_compress.targets import find
@@ -50,6 +51,7 @@ CASES = [
     prune(criterion="random", scope="layer"),
     prune(scope="row"),
     Case((lc.FuseBatchNorm(),)),
+    Case((ReestimateBatchNorm(samples=32),), ReestimateBatchNorm(momentum=0.0)),
 ]
 
 

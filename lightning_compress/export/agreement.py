@@ -75,7 +75,7 @@ def _outputs(flat: Flat, tensors: tuple[Tensor, ...]) -> _Arrays:
 
 
 def _random(tensors: tuple[Tensor, ...], dynamic_axes: bool) -> tuple[Tensor, ...]:
-    """Normal values for numbers, the given entries in another order for integers; another number of samples if that is free."""
+    """Normal values for numbers, the given entries for integers; another number of samples if that is free."""
     generator = torch.Generator().manual_seed(0)
     drawn = []
     given = tensors[0].shape[:1]

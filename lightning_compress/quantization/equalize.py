@@ -132,7 +132,8 @@ def _refusal(layer: nn.Module, seen: Connections, shared: set[nn.Module]) -> str
             return f"{type(part).__name__} is a layer of its own kind"
         if part in shared or part in seen.touched:
             return "a weight or bias is also used elsewhere"
-        if part.weight.is_complex():
+        weight: Any = part.weight
+        if weight.is_complex():
             return "a weight is complex"
     return None
 

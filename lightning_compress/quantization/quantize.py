@@ -16,10 +16,12 @@ from lightning_compress.codes import Code
 from lightning_compress.functional.groups import Granularity, PerChannel
 from lightning_compress.plans import Plan
 from lightning_compress.quantization import activations, assignment, rounding, sensitivity
+from lightning_compress.quantization.equalize import equalize
 from lightning_compress.quantization.grids import Format, Grid, format_of
 from lightning_compress.quantization.quantizers import InputQuantizer
 from lightning_compress.quantization.writing import carry_out, other_changes
 from lightning_compress.stats import Calibration, Stats
+from lightning_compress.tables import reasons
 from lightning_compress.targets import Target, survey
 from lightning_compress.transform import Transform
 
@@ -183,10 +185,12 @@ class Quantize(Transform):
         """
         inputs = dataclasses.replace(data or Calibration(seed=self.seed), samples=self.samples)
         work = copy.deepcopy(model) if self.equalize else model
+        notes = []
         if self.equalize:
-            from lightning_compress.quantization.equalize import equalize
-
-            equalize(work, inputs.example(model))
+            pairs, apart = equalize(work, inputs.example(model))
+            notes.append(f"equalized={len(pairs)} pairs")
+            if not pairs:
+                raise ValueError(f"equalize=True, but no two layers can be equalized:{reasons(apart)}")
         found = survey(work, self.include, self.exclude)
         skipped = dict(found.skipped)
         order = assignment.execution_order(work, found.targets, inputs.example(model))
@@ -203,7 +207,7 @@ class Quantize(Transform):
             layers |= other_changes(model, work, layers)
         for name, decided in self._activations(targets, kinds, fixed, seen, skipped).items():
             layers[f"{name}.input" if name else "input"] = {"layer": name, **decided}
-        described = " ".join(part for part in (source, note) if part)
+        described = " ".join(part for part in (source, note, *notes) if part)
         return Plan(layers, skipped, identity=bool(targets) and kept, data=described)
 
     @staticmethod
