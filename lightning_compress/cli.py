@@ -145,9 +145,8 @@ def _inputs(model: nn.Module, name: str | None) -> Any:
         array = torch.from_numpy(np.load(name, allow_pickle=False))
     except (ValueError, TypeError, EOFError) as error:
         raise InputError(f"--data {name} does not hold one numeric array (.npy): {error}") from error
-    array = (
-        array.float() if array.dtype == torch.float64 else array
-    )  # NumPy's default, and rarely a network's
+    if array.dtype == torch.float64:  # NumPy's default, and rarely a network's
+        array = array.float()
     return _accepted(model, array, f"the array in --data {name}, samples first", array[:2])
 
 

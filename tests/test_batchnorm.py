@@ -76,6 +76,26 @@ def test_statistics_are_those_of_the_whole_set(sizes: list[int]) -> None:
     torch.testing.assert_close(out.mean(0), model.bn3.bias.data, rtol=1e-4, atol=1e-4)
 
 
+def test_a_layer_that_runs_twice_pools_both() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.norm(x), self.norm(2 * x)
+
+    model = Twice()
+    reestimate_batchnorm(model, X.split(20))
+    both = torch.cat([X, 2 * X]).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(model.norm.running_mean, both.mean(1))
+    torch.testing.assert_close(model.norm.running_var, both.var(1))
+    single = nn.BatchNorm1d(2)
+    assert reestimate_batchnorm(single, X[:1, :, 0, 0]) == {
+        "": "one value per channel reaches it, a variance needs two"
+    }
+
+
 def test_it_agrees_with_training_mode_where_one_layer_is_all_there_is() -> None:
     ours, theirs = (nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3, momentum=None)) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
@@ -136,7 +156,7 @@ def test_layers_that_stay_have_a_reason() -> None:
     assert reasons == {
         "none": "it has no running statistics",
         "frozen": "its statistics are frozen (momentum=0)",
-        "spare": "0 values per channel reach it, a variance needs 2",
+        "spare": "the forward pass does not reach it",
         "out": "left out by include and exclude",
     }
     with pytest.raises(NothingChangedError, match="it has no BatchNorm layer"):

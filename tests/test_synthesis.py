@@ -79,7 +79,7 @@ def test_start_is_smooth_and_as_large_as_the_example() -> None:
     for channel in range(2):
         torch.testing.assert_close(x[:, channel].mean(), example[:, channel].mean(), rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(x[:, channel].std(), example[:, channel].std(), rtol=0.02, atol=0)
-    flat = nn.BatchNorm1d(3)
+    flat = nn.BatchNorm1d(3).double()
     x = match_batchnorm(flat, torch.zeros(1, 3, dtype=torch.float64), 5, progress=False)
     assert x.shape == (5, 3) and x.dtype == torch.float64
 

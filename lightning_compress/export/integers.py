@@ -20,6 +20,7 @@ from lightning_compress.quantization.layers import (
     quantize_input,
     quantize_weight,
     release,
+    weight_quantizer,
 )
 from lightning_compress.quantization.quantizers import InputQuantizer
 from lightning_compress.tables import reasons
@@ -82,6 +83,24 @@ def write_integers(model: nn.Module) -> tuple[ExportedLayer, ...]:
         why = reasons({x.name: x.reason for x in found}) or " no weight is quantized."
         raise ValueError(f"{type(model).__name__} has no weight that int8 ONNX could store:{why}")
     return tuple(found)
+
+
+def read_layers(model: nn.Module, layers: tuple[ExportedLayer, ...]) -> tuple[ExportedLayer, ...]:
+    """What is in the file after the model has run: a weight that nothing read is not.
+
+    Args:
+        model: what ``write_integers`` changed.
+        layers: what it returned.
+
+    Returns:
+        The same entries; those of weights that were not read say so.
+    """
+    nodes = {name: weight_quantizer(holder, param) for name, holder, param, _ in codes.of(model)}
+    unread = {name for name, node in nodes.items() if isinstance(node, StoredIntegers) and not node.used}
+    why = "not in the file: the model did not read it on this input"
+    return tuple(
+        dataclasses.replace(x, weight="float32", reason=why) if x.name in unread else x for x in layers
+    )
 
 
 def _check(name: str, quantizer: Any) -> None:

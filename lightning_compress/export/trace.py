@@ -56,7 +56,7 @@ class Flat(nn.Module):
         return tuple(t for t in pytree.tree_leaves(out) if isinstance(t, Tensor))
 
 
-class _Transforms(Operations):
+class _Transforms(Operations):  # type: ignore[no-untyped-call]
     """Which Fourier transforms run."""
 
     def __init__(self) -> None:

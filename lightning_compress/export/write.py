@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from lightning_compress import codes
 from lightning_compress.container import replacing
 from lightning_compress.export.agreement import Agreement, agreement
-from lightning_compress.export.integers import reduce_range_, write_float, write_integers
+from lightning_compress.export.integers import read_layers, reduce_range_, write_float, write_integers
 from lightning_compress.export.report import ExportedLayer, ExportReport
 from lightning_compress.export.trace import Flat, serialized
 from lightning_compress.finalize import finalize
@@ -109,6 +109,7 @@ def export_onnx(
     if precision == "int8":
         layers = write_integers(fused)
         data = serialized(Flat(fused, few), dynamic_axes, opset)
+        layers = read_layers(fused, layers)
     found = Agreement()
     if check:
         rounded = precision == "int8"

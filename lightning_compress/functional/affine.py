@@ -264,8 +264,11 @@ class _Rounded(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return for_x, None, None, None, None, None, None
         clipped = place.clamp_(qmin, qmax)
-        slope = (gradient - inner).mul_(clipped)  # a bound where it is clipped, 0 inside
-        if residual:
-            slope.addcmul_(clipped.round().sub_(clipped), gradient)  # 0 where it is clipped
+        if (
+            residual
+        ):  # round(x / s) - x / s inside, where inner is the gradient; a bound elsewhere, where it is 0
+            slope = clipped.round().mul_(gradient).addcmul_(inner, clipped, value=-1)
+        else:
+            slope = (gradient - inner).mul_(clipped)
         for_scale = slope.sum_to_size(scale.shape) * gradient_scale
         return for_x, for_scale.to(scale.dtype), None, None, None, None, None

@@ -30,6 +30,8 @@ from lightning_compress.targets import Target, survey
 METHODS = ("fake_quant", "lsq", "pact")
 
 
+# Of weights, unless told otherwise: it runs at every pass, where Quantize's own, "mse", tries 81 ranges.
+_CALIBRATOR = "minmax"
 # Options of Quantize that describe what happens after training, and their value here.
 _AFTERWARDS: dict[str, Any] = {
     "mode": "static",
@@ -63,7 +65,7 @@ def options(
     for option in taken.keys() & others.keys():
         raise ValueError(f"give {option} as {taken[option]}=.")
     if transform is None:
-        transform = Quantize(**bits, **others)
+        transform = Quantize(**{"calibrator": _CALIBRATOR, **bits, **others})
     elif (
         set(bits.values()) != {8} or Quantize(**others) != Quantize()
     ):  # a configuration file gives every default

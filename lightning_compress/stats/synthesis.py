@@ -41,7 +41,7 @@ def match_batchnorm(
     example_input: Tensor,
     n: int,
     *,
-    steps: int = 60,
+    steps: int = 40,
     seed: int = 0,
     lr: float = 0.2,
     batch: int = 64,
@@ -55,7 +55,7 @@ def match_batchnorm(
 
     over BatchNorm layers l and channels c, ``sigma = sqrt(var + eps)``, statistics over a batch and its positions.
     Inputs with positions start as random fields with the spectrum of natural images, which brings the Gram matrices
-    of the layers' inputs much closer to those of real images than white noise; inputs [N, C] start as N(0, 1). Their
+    of the layers' inputs closer to those of real images than white noise does; inputs [N, C] start as N(0, 1). Their
     mean and standard deviation per channel are the example's, or 0 and 1 if it is constant: an example with entries
     of a wrong size is worse than zeros.
 

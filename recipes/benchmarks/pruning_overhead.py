@@ -2,9 +2,7 @@
 
     python recipes/benchmarks/pruning_overhead.py
 
-Two Trainers run in one process, each in a thread of its own, and hand over to each other after every step: only one
-works at a time, and each pruned step stands between two plain ones that it is compared with. A step is timed from
-one batch to the next: loop, forward, backward, optimizer and callbacks, mask updates included.
+Steps are timed as ``turns.py`` says, mask updates included.
 
 Measured with the defaults (sparsity 0.9, an update every 50 steps, seed 0), one thread on a shared two-core x86-64
 machine, torch 2.15.0, lightning 2.6.6:
@@ -22,89 +20,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import threading
-import time
 import warnings
-from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from lightning.pytorch import seed_everything
+from turns import images, paired, step_times
 
 import lightning_compress as lc
 from lightning_compress.models import resnet20
 from lightning_compress.tables import text
-
-
-class Classifier(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = resnet20()
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        return F.cross_entropy(self.net(images), labels)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-
-
-class Turns:
-    """Lets threads run one at a time, in a fixed order."""
-
-    def __init__(self, members: int) -> None:
-        self.order = list(range(members))
-        self.changed = threading.Condition()
-
-    def hand_over(self, me: int, leave: bool = False) -> None:
-        """Let the next one run, and wait for the own turn unless leaving."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.order[0] == me)
-            self.order = self.order[1:] + ([] if leave else [me])
-            self.changed.notify_all()
-            if not leave:
-                self.changed.wait_for(lambda: self.order[0] == me)
-
-
-class StepTimer(Callback):
-    """Milliseconds of every step; waits for its turn between steps. Last in the list: it times the others too."""
-
-    def __init__(self, turns: Turns, me: int) -> None:
-        self.turns, self.me = turns, me
-        self.start: float | None = None
-        self.times: list[float] = []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        if self.start is not None:
-            self.times.append((time.perf_counter() - self.start) * 1e3)
-        self.turns.hand_over(self.me)
-        self.start = time.perf_counter()
-
-
-def fit(
-    module: Classifier, data: TensorDataset, timer: StepTimer, pruned: bool, options: argparse.Namespace
-) -> None:
-    torch.set_num_threads(options.threads)
-    pruning = lc.ScheduledPruning(sparsity=options.sparsity, every=options.every)
-    trainer = Trainer(
-        max_steps=options.steps,
-        callbacks=[pruning, timer] if pruned else [timer],
-        accelerator="auto",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    try:
-        trainer.fit(module, DataLoader(data, batch_size=options.batch_size))
-    finally:
-        timer.turns.hand_over(timer.me, leave=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -123,30 +47,20 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--steps must be at least --warmup + 3")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     seed_everything(options.seed, verbose=False)
-    images = torch.randn(8 * options.batch_size, 3, 32, 32)
-    data = TensorDataset(images, torch.randint(10, (len(images),)))
-    module, turns = Classifier(), Turns(2)
-    timers = [StepTimer(turns, me) for me in range(2)]
-    threads = [
-        threading.Thread(target=fit, args=(copy.deepcopy(module), data, timer, pruned, options))
-        for pruned, timer in zip((False, True), timers, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    plain, pruned = (np.array(timer.times)[options.warmup :] for timer in timers)
-    # Turn by turn: plain 0, pruned 0, plain 1, ... so pruned i has plain i before it and plain i + 1 after it.
-    ratios = pruned[:-1] / ((plain[:-1] + plain[1:]) / 2)
-    print(
-        text(
-            ["training step", "median ms", "mean ms"],
-            [
-                ["plain", float(np.median(plain)), float(np.mean(plain))],
-                ["ScheduledPruning", float(np.median(pruned)), float(np.mean(pruned))],
-            ],
-        )
+    data, net = images(options.batch_size), resnet20()
+    pruning = lc.ScheduledPruning(sparsity=options.sparsity, every=options.every)
+    times = step_times(
+        {"plain": (copy.deepcopy(net), []), "ScheduledPruning": (net, [pruning])},
+        data,
+        steps=options.steps,
+        warmup=options.warmup,
+        batch_size=options.batch_size,
+        threads=options.threads,
     )
+    rows = [[name, float(np.median(ms)), float(np.mean(ms))] for name, ms in times.items()]
+    print(text(["training step", "median ms", "mean ms"], rows))
+    plain, pruned = times.values()
+    ratios = paired(plain, pruned)
     low, middle, high = np.percentile(ratios, [25, 50, 75])
     print(f"\npaired ratios of {len(ratios)} steps: median {middle:.3f}, quartiles {low:.3f} and {high:.3f}")
     print(f"ratio of total times, mask updates included: {pruned.sum() / plain.sum():.3f}")

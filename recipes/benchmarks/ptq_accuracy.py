@@ -51,13 +51,9 @@ def top1(net: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float((found == labels).float().mean())
 
 
-def quantized(
-    net: nn.Module, inputs: Calibration, options: dict[str, Any], seed: int
-) -> nn.Module:
+def quantized(net: nn.Module, inputs: Calibration, options: dict[str, Any], seed: int) -> nn.Module:
     transforms = [lc.FuseBatchNorm(), lc.Quantize(samples=inputs.samples, **options)]
-    return lc.compress(
-        net, transforms, example_input=inputs.example_input, data=inputs.data, seed=seed
-    ).model
+    return lc.compress(net, transforms, example_input=inputs.example_input, data=inputs.data, seed=seed).model
 
 
 def main(argv: list[str] | None = None) -> None:

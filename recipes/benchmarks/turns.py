@@ -1,0 +1,135 @@
+"""Training fits timed in turns: one process, a thread for each, and a hand-over after every step.
+
+Only one fit works at a time, and each of its steps stands between two steps of the first fit, that it is compared
+with. A step is timed from one batch to the next: loop, forward, backward, optimizer and callbacks.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Classifier(LightningModule):
+    """Cross-entropy and plain SGD around a network."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(self.net(images), labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+
+
+class Turns:
+    """Lets threads run one at a time, in a fixed order."""
+
+    def __init__(self, members: int) -> None:
+        self.order = list(range(members))
+        self.changed = threading.Condition()
+
+    def hand_over(self, me: int, leave: bool = False) -> None:
+        """Let the next one run, and wait for the own turn unless leaving."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.order[0] == me)
+            self.order = self.order[1:] + ([] if leave else [me])
+            self.changed.notify_all()
+            if not leave:
+                self.changed.wait_for(lambda: self.order[0] == me)
+
+
+class StepTimer(Callback):
+    """Milliseconds of every step; waits for its turn between steps. Last in the list: it times the others too."""
+
+    def __init__(self, turns: Turns, me: int) -> None:
+        self.turns, self.me = turns, me
+        self.start: float | None = None
+        self.times: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if self.start is not None:
+            self.times.append((time.perf_counter() - self.start) * 1e3)
+        self.turns.hand_over(self.me)
+        self.start = time.perf_counter()
+
+
+def images(batch_size: int) -> TensorDataset:
+    """Eight batches of noise with the shape of CIFAR."""
+    x = torch.randn(8 * batch_size, 3, 32, 32)
+    return TensorDataset(x, torch.randint(10, (len(x),)))
+
+
+def step_times(
+    fits: Mapping[str, tuple[nn.Module, list[Callback]]],
+    data: TensorDataset,
+    *,
+    steps: int,
+    warmup: int,
+    batch_size: int,
+    threads: int,
+) -> dict[str, np.ndarray]:
+    """Train every network in turns.
+
+    Args:
+        fits: name -> network and callbacks of its Trainer.
+        data: images and labels.
+        steps: optimizer steps of each fit.
+        warmup: first steps, which do not count.
+        batch_size: samples of a step.
+        threads: of PyTorch's operators.
+
+    Returns:
+        Name -> milliseconds of every step.
+    """
+    turns = Turns(len(fits))
+    timers = {name: StepTimer(turns, me) for me, name in enumerate(fits)}
+    failed: list[BaseException] = []
+
+    def fit(name: str) -> None:
+        torch.set_num_threads(threads)
+        net, callbacks = fits[name]
+        try:
+            trainer = Trainer(
+                max_steps=steps,
+                callbacks=[*callbacks, timers[name]],
+                accelerator="auto",
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            trainer.fit(Classifier(net), DataLoader(data, batch_size=batch_size))
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            turns.hand_over(timers[name].me, leave=True)
+
+    workers = [threading.Thread(target=fit, args=(name,)) for name in fits]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if failed:
+        raise failed[0]
+    return {name: np.array(timer.times)[warmup:] for name, timer in timers.items()}
+
+
+def paired(first: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Every step of another fit / the mean of the two steps of the first fit before and after it."""
+    return other[:-1] / ((first[:-1] + first[1:]) / 2)
