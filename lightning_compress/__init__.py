@@ -2,6 +2,7 @@
 
 from lightning_compress import models
 from lightning_compress.archive import inspect, load, save
+from lightning_compress.batchnorm import ReestimateBatchNorm
 from lightning_compress.benchmark import benchmark
 from lightning_compress.callbacks.fusion import BatchNormFusion
 from lightning_compress.callbacks.monitor import CompressionMonitor
@@ -10,6 +11,7 @@ from lightning_compress.callbacks.quantization import QuantizationAwareTraining
 from lightning_compress.codes import Code
 from lightning_compress.compress import compress
 from lightning_compress.cost import cost
+from lightning_compress.export import export_onnx
 from lightning_compress.finalize import finalize
 from lightning_compress.fusion import FuseBatchNorm
 from lightning_compress.metrics import OutputErrorRate, RelativeL2Error
@@ -34,12 +36,14 @@ __all__ = [
     "Prune",
     "QuantizationAwareTraining",
     "Quantize",
+    "ReestimateBatchNorm",
     "RelativeL2Error",
     "ScheduledPruning",
     "Transform",
     "benchmark",
     "compress",
     "cost",
+    "export_onnx",
     "finalize",
     "find",
     "inspect",

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ALLOWED = {"lightning", "lightning_compress", "numpy", "torch", "torchmetrics"}
+ALLOWED = {"lightning", "lightning_compress", "numpy", "torch", "torchmetrics", "tqdm"}
 
 # Prints what the library's own modules import while `import lightning_compress` runs.
 SPY = """

@@ -6,6 +6,7 @@ with. A step is timed from one batch to the next: loop, forward, backward, optim
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -96,6 +97,8 @@ def step_times(
     Returns:
         Name -> milliseconds of every step.
     """
+    for package in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(package).setLevel(logging.WARNING)
     turns = Turns(len(fits))
     timers = {name: StepTimer(turns, me) for me, name in enumerate(fits)}
     failed: list[BaseException] = []
