@@ -51,6 +51,7 @@ def quantize_input(layer: nn.Module, quantizer: Quantizer, output: bool = False)
         output: round the output instead.
 
     Examples:
+        >>> from lightning_compress.quantization.quantizers import InputQuantizer
         >>> layer = nn.Linear(1, 1, bias=False)
         >>> quantize_input(layer, InputQuantizer(8, scale=1.0))
         >>> bool(layer(torch.tensor([[1.4]])) == layer.weight), list(layer.state_dict())
@@ -127,10 +128,13 @@ def _class(base: type[nn.Module], params: tuple[str, ...], calls: bool) -> type[
         if params:
             body["plain"] = _plain
         # tltorch's factorized tensors register every subclass by its name
-        named = {"name": f"quantized {base._name}"} if hasattr(base, "_factorizations") else {}
-        made = type(base)(f"Quantized{base.__name__}", (base,), body, **named)
-        if named:
-            made._name = base._name  # type: ignore[attr-defined]
+        name = getattr(base, "_name", "") if hasattr(base, "_factorizations") else ""
+        make: Any = type(base)
+        made = make(
+            f"Quantized{base.__name__}", (base,), body, **({"name": f"quantized {name}"} if name else {})
+        )
+        if name:
+            made._name = name
         if params:
             StandIn.register(made)
         _CLASSES[key] = made
@@ -205,7 +209,7 @@ def _plain(self: nn.Module) -> nn.Module:
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     cls = type(self)
-    return _rebuild, (cls._plain_class, cls._quantized_params, cls._quantized_calls), self.__getstate__()  # type: ignore[attr-defined]
+    return _rebuild, (cls._plain_class, cls._quantized_params, cls._quantized_calls), self.__getstate__()  # type: ignore[attr-defined,no-untyped-call]
 
 
 def _rebuild(base: type[nn.Module], params: tuple[str, ...], calls: bool) -> nn.Module:

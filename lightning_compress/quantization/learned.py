@@ -52,8 +52,8 @@ class LearnedWeight(WeightQuantizer):
     r"""LSQ for a weight: ``w^ = s clip(round(w / s), qmin, qmax)`` with learned steps s, one per group.
 
     ``dw^/ds`` as in ``lightning_compress.functional.affine.learned_step``, times ``1 / sqrt(N qmax)`` with N weights in
-    a group. Steps start at ``s = 2 E|w| / sqrt(qmax)``; a group of zeros takes ``E|w| = 1 / (2 sqrt(N))``, that of
-    PyTorch's initialization. One bit means the two values -s and s with ``s = E|w|``, which is not learned.
+    a group. Steps start at ``s = 2 E|w| / sqrt(qmax)``, or at ``T / qmax`` with T by another calibrator; a group of
+    zeros takes ``E|w| = 1 / (2 sqrt(N))``, that of PyTorch's initialization. One bit means the two values -s and s with ``s = E|w|``, which is not learned.
 
     Args:
         bits: 1 to 16.
@@ -61,6 +61,8 @@ class LearnedWeight(WeightQuantizer):
         granularity: which weights share a step.
         out: output axis of the weight.
         narrow: leave the most negative integer out.
+        calibrator: rule for the first steps. The paper's, "lsq", makes them wide: 1.8 times the best ones for normally
+            distributed weights of 4 bits, which "mse" finds.
 
     Raises:
         ValueError: bits outside 1..16, or a granularity that does not fit the weight.
@@ -82,8 +84,10 @@ class LearnedWeight(WeightQuantizer):
         granularity: Granularity | str = "per_tensor",
         out: int = 0,
         narrow: bool = True,
+        calibrator: str = "lsq",
     ) -> None:
         super().__init__(bits)
+        self.calibrator = calibrator
         self.groups = Groups.of(granularity_of(granularity), weight.shape, out)
         self.narrow = narrow
         # Real numbers that share a step; runs that are cut off at the end of a row count as the average.
@@ -139,14 +143,12 @@ class LearnedWeight(WeightQuantizer):
 
     @torch.no_grad()
     def _initial(self, weight: Tensor) -> Tensor:
-        qmax, mean = (
-            self.range[1],
-            self.groups.join(
-                [block.abs().float().mean(1) for block in self.groups.blocks(weight)], weight.shape
-            ),
-        )
-        mean = torch.where(mean > 0, mean, 0.5 / math.sqrt(self.share))
-        return (2 * mean / math.sqrt(qmax)).clamp_min(SMALLEST)
+        qmin, qmax = self.range
+        blocks = [block.detach().float() for block in self.groups.blocks(weight)]
+        clips = [calibrate(self.calibrator, block, qmin=qmin, qmax=qmax)[1] for block in blocks]
+        step = self.groups.join(clips, weight.shape).to(weight.device) / qmax
+        usual = 1 / math.sqrt(self.share * qmax)  # 2 E|w| / sqrt(qmax) with E|w| = 1 / (2 sqrt(N))
+        return torch.where(step > 0, step, usual).clamp_min(SMALLEST)
 
 
 class LearnedInput(TrainingQuantizer):

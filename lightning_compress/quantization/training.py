@@ -30,8 +30,9 @@ from lightning_compress.targets import Target, survey
 METHODS = ("fake_quant", "lsq", "pact")
 
 
-# Of weights, unless told otherwise: it runs at every pass, where Quantize's own, "mse", tries 81 ranges.
-_CALIBRATOR = "minmax"
+# Of weights, unless told otherwise. Learned steps are calibrated once. Otherwise it runs at every pass, where "mse",
+# which tries 81 ranges, would take longer than the network.
+_CALIBRATORS = {"lsq": "mse", "fake_quant": "minmax", "pact": "minmax"}
 # Options of Quantize that describe what happens after training, and their value here.
 _AFTERWARDS: dict[str, Any] = {
     "mode": "static",
@@ -65,7 +66,7 @@ def options(
     for option in taken.keys() & others.keys():
         raise ValueError(f"give {option} as {taken[option]}=.")
     if transform is None:
-        transform = Quantize(**{"calibrator": _CALIBRATOR, **bits, **others})
+        transform = Quantize(**{"calibrator": _CALIBRATORS[method], **bits, **others})
     elif (
         set(bits.values()) != {8} or Quantize(**others) != Quantize()
     ):  # a configuration file gives every default
@@ -237,7 +238,8 @@ def _install_weight(model: nn.Module, target: Target, method: str, transform: Qu
         return False
     quantizer: WeightQuantizer
     if method == "lsq":
-        quantizer = LearnedWeight(bits, weight.detach(), transform.granularity, out, transform.narrow)
+        shape = transform.granularity, out, transform.narrow, transform.calibrator
+        quantizer = LearnedWeight(bits, weight.detach(), *shape)
         quantizer.forget()  # a checkpoint may still bring other weights
     else:
         quantizer = CalibratedWeight(transform.grid(bits), weight.detach(), out)
