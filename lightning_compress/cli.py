@@ -1,4 +1,4 @@
-"""The command line: ``lightning-compress prune | quantize | inspect | benchmark``.
+"""The command line: ``lightning-compress prune | quantize | export | inspect | benchmark``.
 
 A verb is a pair: a function that adds its options to a parser, and one that does the work. The options of a method
 are read from its transform, so they are written once. Input that cannot be used ends in one line on stderr and exit
@@ -28,6 +28,7 @@ from lightning_compress.benchmark import benchmark
 from lightning_compress.checkpoints import load_weights
 from lightning_compress.compress import compress
 from lightning_compress.container import replacing
+from lightning_compress.export import export_onnx
 from lightning_compress.fusion import FuseBatchNorm
 from lightning_compress.pruning.sparsify import Prune
 from lightning_compress.quantization.quantize import Quantize
@@ -100,6 +101,15 @@ def _compress(options: Namespace, steps: Sequence[Transform]) -> None:
     sizes = [[how, size, info.dense_bytes / size] for how, size in baseline_sizes(result.model).items()]
     sizes.append([options.output, info.file_bytes, info.compression_ratio])
     print(result, text(["file of the result", "bytes", "compression ratio"], sizes), sep="\n\n")
+
+
+def _export(options: Namespace) -> None:
+    file = _writable(options.output, options.force)
+    network = _trained(options, options.checkpoint)
+    given = _inputs(network, options.data)
+    x = given if isinstance(given, Tensor) else _example(network, options.example_shape)
+    how = {name: options[name] for name in ("precision", "check", "reduce_range")}
+    print(export_onnx(network, x, file, **how))
 
 
 def _inspect(options: Namespace) -> None:
@@ -283,6 +293,16 @@ def _quantize_options(parser: ArgumentParser) -> None:
     _compress_options(parser, Quantize, "before quantizing")
 
 
+def _export_options(parser: ArgumentParser) -> None:
+    _network_options(parser, shape_required=True)
+    parser.add_argument("--data", help="inputs to compare the file with the network on: an .npy file")
+    parser.add_argument("--precision", default="int8", help="int8 or float32")
+    parser.add_argument("--check", type=bool, default=True, help="compare the outputs in ONNX Runtime")
+    parser.add_argument("--reduce_range", type=bool, default=False, help="7-bit weights, for x86 without VNNI")
+    parser.add_argument("--output", required=True, help="file to write, e.g. net.onnx")
+    parser.add_argument("--force", action="store_true", help="replace a file that exists")
+
+
 def _inspect_options(parser: ArgumentParser) -> None:
     parser.add_argument("path", help="the archive")
 
@@ -297,6 +317,7 @@ def _benchmark_options(parser: ArgumentParser) -> None:
 _VERBS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Namespace], None]]] = {
     "prune": ("zero weights of a trained network and write an .lcz archive", _prune_options, _prune),
     "quantize": ("put a trained network on few bits and write an .lcz archive", _quantize_options, _quantize),
+    "export": ("write a quantized network as an ONNX file of integers", _export_options, _export),
     "inspect": ("check an .lcz archive and show what it holds", _inspect_options, _inspect),
     "benchmark": ("time a network and measure its memory", _benchmark_options, _benchmark),
 }

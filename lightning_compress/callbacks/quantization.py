@@ -64,8 +64,8 @@ class QuantizationAwareTraining(QuantizingCallback):
             "best" means best at the final bits.
         name: distinguishes several instances.
         quantize_options: options of ``lightning_compress.Quantize``: include, exclude, granularity, calibrator …
-            The calibrator is "mse" for lsq, which uses it once, for the first steps of the weights, and "minmax" for the
-            others, which use it at every pass.
+            The calibrator is "mse" for lsq, which uses it once, for the first steps of the weights, and "minmax" for
+            the others, which use it at every pass.
 
     Raises:
         ValueError: an option outside its range.

@@ -1,7 +1,7 @@
 """Few bits: after training (`quantize`), while training (`training`), as integers (`integer`).
 
-Reading order: `grids` (which grid a weight gets), `codes` (how it is stored), `quantizers` and `layers` (how activations
-and training weights are rounded on the way), `quantize` (the transform).
+Reading order: `grids` (which grid a weight gets), `codes` (how it is stored), `quantizers` and `layers` (how
+activations and training weights are rounded on the way), `quantize` (the transform).
 """
 
 from lightning_compress.functional.groups import PerChannel, PerGroup, PerTensor

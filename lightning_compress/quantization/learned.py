@@ -53,7 +53,8 @@ class LearnedWeight(WeightQuantizer):
 
     ``dw^/ds`` as in ``lightning_compress.functional.affine.learned_step``, times ``1 / sqrt(N qmax)`` with N weights in
     a group. Steps start at ``s = 2 E|w| / sqrt(qmax)``, or at ``T / qmax`` with T by another calibrator; a group of
-    zeros takes ``E|w| = 1 / (2 sqrt(N))``, that of PyTorch's initialization. One bit means the two values -s and s with ``s = E|w|``, which is not learned.
+    zeros takes ``E|w| = 1 / (2 sqrt(N))``, that of PyTorch's initialization. One bit means the two values -s and s
+    with ``s = E|w|``, which is not learned.
 
     Args:
         bits: 1 to 16.
