@@ -30,7 +30,11 @@ class LitQuantized(LitClassifier):
         steps, others = parameter_groups(self)
         groups = [{"params": others}, {"params": steps, "weight_decay": 0.0}]
         optimizer = torch.optim.SGD(
-            [g for g in groups if g["params"]], lr=self.hparams.lr, momentum=0.9, weight_decay=1e-4, nesterov=True
+            [g for g in groups if g["params"]],
+            lr=self.hparams.lr,
+            momentum=0.9,
+            weight_decay=1e-4,
+            nesterov=True,
         )
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizer, self.trainer.estimated_stepping_batches
@@ -47,7 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     archs = [name for name in lc.models.names() if name.startswith("resnet")]
     parser.add_argument("--arch", default="resnet20", choices=archs)
     parser.add_argument("--checkpoint", help="trained weights: .safetensors, .ckpt or .pt")
-    parser.add_argument("--data", help="folder of .npz packs; left out, torchvision downloads CIFAR-10 into data/")
+    parser.add_argument(
+        "--data", help="folder of .npz packs; left out, torchvision downloads CIFAR-10 into data/"
+    )
     parser.add_argument("--bits", type=int, nargs=2, default=[4, 4], help="of weights and of activations")
     parser.add_argument("--method", default="lsq", choices=["fake_quant", "lsq", "pact"])
     parser.add_argument("--max-steps", type=int, default=400)

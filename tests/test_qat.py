@@ -823,3 +823,21 @@ def test_the_command_line_builds_it():
         and built.bits_schedule == {0: 8, 5: 4}
         and built.transform.exclude == "head"
     )
+
+
+def test_a_test_without_quantizer_state_says_so(tmp_path):
+    lit = Lit()
+    fit = trainer(qat("lsq"))
+    fit.fit(lit, loader())
+    fit.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    fit.save_checkpoint(tmp_path / "whole.ckpt")
+
+    class Tested(Lit):
+        def test_step(self, batch, batch_idx):
+            self.training_step(batch, batch_idx)
+
+    with pytest.warns(UserWarning, match="have seen no training batch, so what they stand for is not rounded"):
+        trainer(qat("lsq")).test(Tested(), loader(), ckpt_path=tmp_path / "weights.ckpt")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*have seen no training batch.*")
+        trainer(qat("lsq")).test(Tested(), loader(), ckpt_path=tmp_path / "whole.ckpt")

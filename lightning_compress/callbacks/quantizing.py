@@ -19,6 +19,7 @@ from lightning_compress.callbacks.scheduled import ScheduledCallback
 from lightning_compress.quantization import training
 from lightning_compress.quantization.quantize import Quantize
 from lightning_compress.quantization.quantizers import TrainingQuantizer
+from lightning_compress.tables import listing
 
 
 class QuantizingCallback(ScheduledCallback):
@@ -138,6 +139,26 @@ class QuantizingCallback(ScheduledCallback):
         """
         self.setup(trainer, pl_module, "validate")
         self.teardown(trainer, pl_module, "validate")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so when what is validated is not rounded as it was trained."""
+        self._say_what_waits(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same for tests."""
+        self._say_what_waits(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same for predictions."""
+        self._say_what_waits(trainer)
+
+    def _say_what_waits(self, trainer: Trainer) -> None:
+        waiting = [name for name, q in self._quantizers.items() if q.enabled and not q.active]
+        if waiting and trainer.state.fn != "fit":
+            rank_zero_warn(
+                f"{len(waiting)} quantizers have seen no training batch, so what they stand for is not rounded: "
+                f"{listing(waiting)}. Give a checkpoint that was not saved with save_weights_only=True."
+            )
 
     @property
     def _done(self) -> training.Installed:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_compress import codes
 from lightning_compress.finalize import StandIn
 from lightning_compress.plans import Plan
+from lightning_compress.quantization.folded import Fold, fold_of, join, part
 from lightning_compress.quantization.quantizers import Quantizer
 from lightning_compress.targets import plain_class
 from lightning_compress.transform import Coverage, Step, record
@@ -77,12 +78,43 @@ def weight_quantizer(holder: nn.Module, param: str) -> Quantizer | None:
     return cast("Quantizer | None", holder._modules[_slot(param)] if param in _params(holder) else None)
 
 
+def fold_norm(layer: nn.Module, norm: nn.Module) -> None:
+    """Fold a BatchNorm into a layer with a weight quantizer, for the time of training.
+
+    Args:
+        layer: the layer before the BatchNorm, without ``fold_refusal``.
+        norm: the BatchNorm.
+    """
+    quantizer, present = weight_quantizer(layer, "weight"), fold_of(layer)
+    if present is None or present.quantizer is not quantizer or present.norm is not norm:
+        join(layer, cast(Any, norm), quantizer)
+        _become(layer, _params(layer), True)
+
+
+def rounded_from(holder: nn.Module, param: str) -> Tensor:
+    """What the quantizer of a weight is given: the weight, with the factors of a BatchNorm that is folded in.
+
+    Args:
+        holder: the module that holds the Parameter itself.
+        param: its name there.
+    """
+    weight, fold = cast(Tensor, holder._parameters[param]), _folded(holder, param)
+    return weight if fold is None else fold.scaled(weight)
+
+
+def _folded(holder: nn.Module, param: str = "weight") -> Fold | None:
+    """The fold of a layer while it is active."""
+    fold = fold_of(holder) if param == "weight" else None
+    return fold if fold is not None and fold.active else None
+
+
 def release(layer: nn.Module) -> None:
     """Take all quantizers off; the float weights are there again. Nothing happens to a layer without any.
 
     Args:
         layer: any module.
     """
+    part(layer)
     for name in (*map(_slot, _params(layer)), _INPUT, _OUTPUT):
         if plain_class(layer) is not type(layer):
             layer._modules.pop(name, None)
@@ -143,12 +175,11 @@ def _class(base: type[nn.Module], params: tuple[str, ...], calls: bool) -> type[
 
 def _reader(param: str) -> Callable[[nn.Module], Tensor]:
     def read(layer: nn.Module) -> Tensor:
-        weight = layer._parameters.get(param)
-        if weight is None:
+        if layer._parameters.get(param) is None:
             raise AttributeError(
                 param
             )  # the usual lookup goes on: a slice of the tensor holds a buffer there
-        rounded: Tensor = layer._modules[_slot(param)](weight)  # type: ignore[misc]
+        rounded: Tensor = layer._modules[_slot(param)](rounded_from(layer, param))  # type: ignore[misc]
         return rounded
 
     return read
@@ -178,7 +209,12 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
             if not args or count == 3:
                 taken = [k for k in kwargs if k in names] if count == 3 else list(kwargs)[:count]
                 kwargs = {k: rounded(v) if k in taken else v for k, v in kwargs.items()}
-        out = base.forward(self, *args, **kwargs)
+        fold = _folded(self)
+        if fold is None:
+            out = base.forward(self, *args, **kwargs)
+        else:
+            x = args[0] if args else kwargs["input"]
+            out = fold(self, x, cast(Tensor, self.weight), cast(Tensor, self._parameters["weight"]))
         return after(out) if after is not None else out
 
     return forward
@@ -193,9 +229,13 @@ def _plain(self: nn.Module) -> nn.Module:
         if not quantizer.active:
             continue
         # Tied weights share their quantizer. The code is that of the float weight, which the first layer overwrites.
-        code = quantizer.final = vars(quantizer).get("final") or quantizer.code(weight)
-        weight.data.copy_(code.project(weight.detach()))
+        given = rounded_from(self, param).detach()
+        code = quantizer.final = vars(quantizer).get("final") or quantizer.code(given)
+        weight.data.copy_(code.project(given))
         codes.attach(self, param, code)
+    fold = _folded(self)
+    if fold is not None:
+        fold.settle(self)
     found = {name: cast(Any, self._modules.get(name)) for name in (_INPUT, _OUTPUT) if _calls(self)}
     kept = {name: q.frozen() for name, q in found.items() if q is not None and q.active}
     release(self)

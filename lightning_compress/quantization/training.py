@@ -18,6 +18,7 @@ from lightning_compress.quantization.layers import (
     output_quantizer,
     quantize_input,
     quantize_weight,
+    rounded_from,
     weight_quantizer,
 )
 from lightning_compress.quantization.learned import ClippedInput, LearnedInput, LearnedWeight, WeightQuantizer
@@ -329,7 +330,7 @@ def measure(target: Target) -> dict[str, float]:
     Returns:
         Quantity -> value.
     """
-    quantizer, weight = quantizer_of(target), target.weight.detach()
+    quantizer, weight = quantizer_of(target), rounded_from(*_place(target)).detach()
     if not quantizer.enabled:
         return {}
     found = {}

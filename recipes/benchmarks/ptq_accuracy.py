@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", nargs="+", required=True, help="arch=file, for every architecture")
     parser.add_argument("--data", help="folder of .npz packs; left out, torchvision downloads CIFAR-10")
-    parser.add_argument("--rows", nargs="+", help="only the rows whose name begins so")
+    parser.add_argument("--rows", nargs="+", help="only rows that begin so, such as 'W4A8, no data'")
     parser.add_argument("--samples", type=int, default=256, help="synthesized inputs")
     parser.add_argument("--calibration", type=int, default=1024, help="training images")
     parser.add_argument("--limit-test", type=int, help="use the first so many test images")
@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     images, labels = read(options.data, False, options.limit_test)
-    rows = [row for row in ROWS if not options.rows or row[0].startswith(tuple(options.rows))]
+    source = {False: "no data", True: f"{options.calibration} images"}
+    rows = [r for r in ROWS if not options.rows or f"{r[0]}, {source[r[1]]}".startswith(tuple(options.rows))]
     table: dict[tuple[str, bool], list[Any]] = {}
     header = ["network", "inputs"]
     for given in options.checkpoint:
@@ -90,11 +91,10 @@ def main(argv: list[str] | None = None) -> None:
             small = quantized(net, inputs[with_data], wanted, options.seed)
             accuracy = top1(small, images, labels)
             info = lc.save(small, options.output_dir / f"{arch}.lcz")
-            source = f"{options.calibration} images" if with_data else "no data"
-            cells = table.setdefault((name, with_data), [name, source])
+            cells = table.setdefault((name, with_data), [name, source[with_data]])
             cells.extend([f"{accuracy:.2%}", f"{100 * (dense - accuracy):.2f}", info.file_bytes])
             took = time.perf_counter() - begin
-            print(f"{arch} {name}, {source}: {accuracy:.2%}, {took:.0f} s", flush=True)
+            print(f"{arch} {name}, {source[with_data]}: {accuracy:.2%}, {took:.0f} s", flush=True)
     print(text(header, list(table.values())))
 
 
