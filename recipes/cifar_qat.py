@@ -46,6 +46,13 @@ def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float((logits(net, images).argmax(1) == labels).float().mean())
 
 
+def compensated(net: nn.Module, options: argparse.Namespace) -> nn.Module:
+    """Weights rounded so that the error in every layer's output is small: a better start than the nearest values."""
+    inputs = normalize(read(options.data, True, min(options.train_size or 512, 512))[0]).split(128)
+    rule = lc.Quantize(options.bits[0], edge_bits=8, rounding="compensated", samples=512)
+    return lc.compress(net.eval(), [rule], example_input=inputs[0][:1], data=inputs).model
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     archs = [name for name in lc.models.names() if name.startswith("resnet")]
@@ -56,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--bits", type=int, nargs=2, default=[4, 4], help="of weights and of activations")
     parser.add_argument("--method", default="lsq", choices=["fake_quant", "lsq", "pact"])
+    parser.add_argument("--start", default="compensated", choices=["compensated", "float"])
     parser.add_argument("--max-steps", type=int, default=400)
     parser.add_argument("--log-every", type=int, default=10, help="optimizer steps between log entries")
     parser.add_argument("--train-size", type=int, help="use the first so many training images")
@@ -71,6 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     lit = LitQuantized(options.arch, options.checkpoint, options.lr)
     dense = build(options.arch, options.checkpoint)
     dense.load_state_dict(lit.net.state_dict())
+    if options.start == "compensated":
+        lit.net.load_state_dict(compensated(dense, options).state_dict())
     images, labels = read(options.data, False, options.limit_test)
     data = CIFAR10(options.data, options.batch_size, options.train_size, options.limit_test)
     weights, activations = options.bits

@@ -274,9 +274,6 @@ class ScheduledPruning(ScheduledCallback):
         """A named instance has tags of its own and leaves the model's totals to a monitor."""
         return () if self.name else ("sparsity", "target_sparsity")
 
-    def _tag(self, quantity: str) -> str:
-        return f"compress/{self.name}/{quantity}" if self.name else f"compress/{quantity}"
-
     def _totals(self) -> dict[str, float]:
         return {self._tag("sparsity"): self.sparsity, self._tag("target_sparsity"): self.target_sparsity()}
 

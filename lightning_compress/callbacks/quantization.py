@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -15,12 +14,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from lightning_compress.callbacks import averages
+from lightning_compress.callbacks import averages, folds, learning
 from lightning_compress.callbacks.base import callbacks_of, logged_step
 from lightning_compress.callbacks.pruning import ScheduledPruning
 from lightning_compress.callbacks.quantizing import QuantizingCallback
 from lightning_compress.quantization import optimizers, training
 from lightning_compress.quantization.learned import SMALLEST, ClippedInput, LearnedWeight
+from lightning_compress.quantization.measure import measure_all
 from lightning_compress.quantization.observed import ObservedInput
 from lightning_compress.quantization.quantize import Quantize
 from lightning_compress.schedules import to_steps
@@ -57,6 +57,9 @@ class QuantizationAwareTraining(QuantizingCallback):
         unit: "fraction" (of all optimizer steps), "step" or "epoch", of ``begin`` and the two freezing points.
         observer_momentum: c in (0, 1] of ``m <- m + c (m_batch - m)``.
         freeze_observer: from when on observers stay as they are; None: never.
+        fold_batchnorm: round the weight with the factors of the BatchNorm behind its layer, as it is deployed (see
+            ``lightning_compress.quantization.folded.Fold``), in place of the weight alone. A second convolution in
+            every step finds the statistics while they move. Keys stay; ``finalize`` leaves BatchNorm with its bias.
         freeze_batchnorm: from when on BatchNorm uses its running statistics and leaves them as they are; None: never.
         pact_strength: lambda of ``lambda sum alpha^2``, whose gradient is added once per optimizer step.
         protect_schedule: hold early stopping back until ``begin`` and the last change of bits.
@@ -95,6 +98,7 @@ class QuantizationAwareTraining(QuantizingCallback):
         unit: str = "fraction",
         observer_momentum: float = 0.01,
         freeze_observer: float | None = 0.5,
+        fold_batchnorm: bool = False,
         freeze_batchnorm: float | None = 0.7,
         pact_strength: float = 1e-4,
         protect_schedule: bool = False,
@@ -122,6 +126,11 @@ class QuantizationAwareTraining(QuantizingCallback):
             name=name,
         )
         self.freeze_observer, self.freeze_batchnorm = freeze_observer, freeze_batchnorm
+        self.fold_batchnorm = fold_batchnorm
+        if fold_batchnorm and self.transform.outputs:
+            raise ValueError(
+                "fold_batchnorm=True: outputs=True would round between a layer and its BatchNorm."
+            )
         self.pact_strength = pact_strength
         self.bits_schedule = {int(epoch): bits for epoch, bits in sorted((bits_schedule or {}).items())}
         for epoch, width in self.bits_schedule.items():
@@ -137,6 +146,32 @@ class QuantizationAwareTraining(QuantizingCallback):
         self._frozen: list[_BatchNorm] = []  # norms that were training
         self._phase: tuple[bool, ...] = ()
         self._eager: Any = None  # torch.compile held back
+        self._stays: dict[str, str | None] = {}  # BatchNorm -> why it is not folded
+
+    # -- folding ------------------------------------------------------------------------------------------------
+
+    def _install(self, pl_module: LightningModule) -> bool:
+        """As the base, with BatchNorm folded in."""
+        new = super()._install(pl_module)
+        self._stays = folds.fold_all(pl_module) if self.fold_batchnorm else {}
+        return new
+
+    def _check_folds(self, pl_module: LightningModule) -> None:
+        lost = folds.strayed(pl_module)
+        if lost:
+            raise MisconfigurationException(
+                f"fold_batchnorm=True: the BatchNorm behind {listing(lost)} was replaced after setup, as "
+                "Trainer(sync_batchnorm=True) does. Folding takes the statistics of one process: leave one of them out."
+            )
+        if self.fold_batchnorm and None not in self._stays.values():
+            kept = {name: why for name, why in self._stays.items() if why}
+            rank_zero_warn(f"fold_batchnorm=True folds nothing:{reasons(kept) or ' there is no BatchNorm.'}")
+        if self.method == "lsq" and self.begin == 0 and not self._restored and folds.unseen(pl_module):
+            rank_zero_warn(
+                f"fold_batchnorm=True: the BatchNorm behind {listing(folds.unseen(pl_module))} has seen no batch, "
+                "so the first steps belong to a variance of 1, and the folded weights may leave their range for good: "
+                "start from a trained network, or set begin= (0.1, say)."
+            )
 
     # -- fit ---------------------------------------------------------------------------------------------------
 
@@ -152,18 +187,21 @@ class QuantizationAwareTraining(QuantizingCallback):
         self._owner = weakref.ref(pl_module)
         self._waiting = {name for name, q in self._quantizers.items() if not q.initialized}
         self._check_pruning(trainer, pl_module)
-        self._adopt(trainer)
+        self._check_folds(pl_module)
+        learning.adopt(trainer, self._done.targets)
         super().on_fit_start(trainer, pl_module)
         for optimizer in trainer.optimizers:
             self._undo.append(optimizer.register_load_state_dict_pre_hook(self._remap).remove)
-        self._advise(pl_module, trainer)
+        learning.warn_of_decay(trainer, self._learned())
+        self._warn_of_heat(pl_module)
         weights, inputs = (
             ", ".join(map(str, sorted(set(bits.values())))) for bits in (done.weights, done.inputs)
         )
+        stays = {name: f"not folded: {why}" for name, why in self._stays.items() if why}
         rank_zero_info(
             f"QuantizationAwareTraining({self.method}): {len(done.targets)} weights with {weights} bits, inputs of "
             f"{len(done.inputs)} layers with {inputs or 'all'} bits; first and last: "
-            f"{listing(sorted(done.edges)) or 'as the others'}. {done.note}{reasons(done.skipped)}"
+            f"{listing(sorted(done.edges)) or 'as the others'}. {done.note}{reasons(done.skipped | stays)}"
         )
 
     def _enable(self, enabled: bool) -> None:
@@ -174,7 +212,7 @@ class QuantizationAwareTraining(QuantizingCallback):
         for target in self._done.targets if enabled else ():
             weight = training.quantizer_of(target)
             if isinstance(weight, LearnedWeight) and not weight.initialized:
-                weight.start(target.weight)
+                weight.start(training.given(target))
                 started.append(id(weight))
         self._to_averages({name for name, q in self._quantizers.items() if id(q) in started})
 
@@ -195,36 +233,8 @@ class QuantizationAwareTraining(QuantizingCallback):
     def _learned(self) -> list[nn.Parameter]:
         return [p for q in self._quantizers.values() for p in q.parameters()]
 
-    def _adopt(self, trainer: Trainer) -> None:
-        """Give steps that ``configure_optimizers`` left out to the group that updates their layer's weight."""
-        groups = [g for o in trainer.optimizers for g in o.param_groups]
-        owned = {id(p): group for group in groups for p in group["params"]}
-        missing = []
-        for target in self._done.targets:
-            group = owned.get(id(target.weight))
-            layer = (training.quantizer_of(target), *training.input_quantizers(target))
-            lost = [p for q in layer for p in q.parameters() if id(p) not in owned]
-            if group is not None and lost:
-                group["params"].extend(lost)
-                owned |= {id(p): group for p in lost}
-                missing.append(target.name or target.param)
-        if missing:
-            rank_zero_warn(
-                f"configure_optimizers left the learned steps of {listing(missing)} out; they are updated with their "
-                "weights. Return self.parameters(), or lightning_compress.quantization.parameter_groups(self)."
-            )
-
-    def _advise(self, pl_module: LightningModule, trainer: Trainer) -> None:
-        """Warn of what is known to go wrong."""
-        ids = {id(p) for p in self._learned()}
-        for group in (g for o in trainer.optimizers for g in o.param_groups):
-            if group.get("weight_decay", 0) and any(id(p) in ids for p in group["params"]):
-                rank_zero_warn(
-                    f"an optimizer group decays learned steps (weight_decay={group['weight_decay']}), which pulls "
-                    "their range to zero: put them into a group without decay, with "
-                    "steps, others = lightning_compress.quantization.parameter_groups(self)."
-                )
-                break
+    def _warn_of_heat(self, pl_module: LightningModule) -> None:
+        """Warn of distillation that is known to go wrong."""
         temperature = getattr(pl_module, "temperature", None) or pl_module.hparams.get("temperature")
         fewest = min([*self._done.weights.values(), *self.bits_schedule.values()])
         if isinstance(temperature, int | float) and temperature > 2 and fewest <= 3:
@@ -267,7 +277,7 @@ class QuantizationAwareTraining(QuantizingCallback):
         """Fix the points in optimizer steps, once, and stand where they say."""
         super().on_train_start(trainer, pl_module)
         self.update(trainer)
-        self._complete_schedulers(trainer)
+        learning.complete_schedulers(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Change bits."""
@@ -352,27 +362,7 @@ class QuantizationAwareTraining(QuantizingCallback):
         """Add the gradient of ``pact_strength sum alpha^2``."""
         if self.method != "pact" or not self.pact_strength:
             return
-        owned = {id(p) for g in optimizer.param_groups for p in g["params"]}
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        fused = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
-        factor = 2 * self.pact_strength * (scaler.get_scale() if fused else 1.0)  # type: ignore[union-attr]
-        for quantizer in self._quantizers.values():
-            if not (
-                isinstance(quantizer, ClippedInput) and quantizer.active and id(quantizer.alpha) in owned
-            ):
-                continue
-            if quantizer.alpha.grad is not None:
-                quantizer.alpha.grad.add_(quantizer.alpha.detach(), alpha=factor)
-
-    def _complete_schedulers(self, trainer: Trainer) -> None:
-        """Learning-rate schedulers of a dense run know no group of steps."""
-        for config in trainer.lr_scheduler_configs:
-            scheduler = config.scheduler
-            groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", ())
-            for name, key in (("base_lrs", "initial_lr"), ("_last_lr", "lr")):
-                rates = getattr(scheduler, name, None)
-                if isinstance(rates, list) and len(rates) < len(groups):
-                    setattr(scheduler, name, [group.get(key, group["lr"]) for group in groups])
+        learning.penalize(trainer, optimizer, self._quantizers.values(), self.pact_strength)
 
     # -- leave -------------------------------------------------------------------------------------------------
 
@@ -386,9 +376,6 @@ class QuantizationAwareTraining(QuantizingCallback):
     def logged(self) -> tuple[str, ...]:
         """A named instance has tags of its own."""
         return () if self.name else ("weight_bits", "step", "input_step", "alpha", "sqnr_db", "levels_used")
-
-    def _tag(self, quantity: str) -> str:
-        return f"compress/{self.name}/{quantity}" if self.name else f"compress/{quantity}"
 
     @property
     def weight_bits(self) -> float:
@@ -415,18 +402,5 @@ class QuantizationAwareTraining(QuantizingCallback):
         if not trainer.barebones:
             pl_module.log_dict(total, logger=False, sync_dist=True)
         if trainer.is_global_zero and trainer.loggers:
-            self.log_values(trainer, total | self._values(), step=logged_step(trainer) - 1)
-
-    def _values(self) -> dict[str, float]:
-        values: dict[str, float] = {}
-        for target in self._done.targets:
-            layer = target.name or target.param
-            values |= {self._tag(f"{what}/{layer}"): v for what, v in training.measure(target).items()}
-            for quantizer in training.input_quantizers(target)[:1]:
-                clip = isinstance(quantizer, ClippedInput)
-                learned: Any = quantizer.alpha if clip else quantizer.scale
-                if quantizer.active:
-                    values[self._tag(f"{'alpha' if clip else 'input_step'}/{layer}")] = float(
-                        learned.detach()
-                    )
-        return {tag: v for tag, v in values.items() if math.isfinite(v)}
+            values = {self._tag(name): v for name, v in measure_all(self._done.targets).items()}
+            self.log_values(trainer, total | values, step=logged_step(trainer) - 1)

@@ -73,6 +73,10 @@ class ScheduledCallback(CompressionCallback):
         """Options and own state; never an optimizer."""
         return super().__getstate__() | {"_hooked": []}
 
+    def _tag(self, quantity: str) -> str:
+        """The tag of a logged quantity; a named instance has tags of its own."""
+        return f"compress/{self.name}/{quantity}" if self.name else f"compress/{quantity}"
+
     @abstractmethod
     def counts_steps_of(self, optimizer: Optimizer) -> bool:
         """Whether the steps of this optimizer concern the callback."""

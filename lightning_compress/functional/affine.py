@@ -44,7 +44,7 @@ def integer_range(bits: int, signed: bool = True, narrow: bool = True) -> tuple[
 
 
 def choose_qparams(
-    lo: Tensor, hi: Tensor, qmin: int, qmax: int, symmetric: bool = True
+    lo: Tensor, hi: Tensor, qmin: int, qmax: int, symmetric: bool = True, power_of_two: bool = False
 ) -> tuple[Tensor, Tensor]:
     r"""Scale and zero point of a clip range.
 
@@ -60,6 +60,7 @@ def choose_qparams(
         qmin: smallest integer.
         qmax: largest integer.
         symmetric: whether the zero point is 0.
+        power_of_two: round scales up to powers of two.
 
     Returns:
         Scale, float32 [G] > 0, and zero point, int32 [G].
@@ -77,6 +78,9 @@ def choose_qparams(
     else:
         low, high = low.clamp_max(0), high.clamp_min(0)
         scale = (high - low) / (qmax - qmin)
+    if power_of_two:
+        fraction, exponent = torch.frexp(scale)
+        scale = torch.ldexp(torch.ones_like(scale), exponent - (fraction == 0.5).int())
     single = scale.float()
     single = torch.where(single < torch.finfo(torch.float32).tiny, torch.ones_like(single), single)
     if symmetric:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.connections import follow
 from lightning_compress.functional.affine import choose_qparams, integer_range
 from lightning_compress.functional.calibrators import calibrate
+from lightning_compress.quantization.rounding import has_gram
 from lightning_compress.stats import Stats
 from lightning_compress.targets import Target
 
@@ -27,7 +30,29 @@ def refusal(target: Target) -> str | None:
     return None
 
 
-def static(seen: Stats, bits: int, calibrator: str, percentile: float) -> dict[str, Any]:
+def passed_on(model: nn.Module, targets: Sequence[Target], example: Any) -> set[str]:
+    """Layers whose output nothing sees but one other target, through ReLU, pooling or reshaping at most.
+
+    Args:
+        model: any module; it is left as it was.
+        targets: the layers that round their inputs.
+        example: one input.
+
+    Returns:
+        Their names.
+    """
+    seen = follow(model, example)
+    before = [seen.predecessor(t.module) for t in targets if has_gram(t)]
+    alone = {id(found.layer) for found in before if found is not None and found.consumers == 1}
+    return {t.name for t in targets if id(t.module) in alone}
+
+
+def without_output(decided: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a layer's quantizers without that of its output."""
+    return {slot: config for slot, config in decided.items() if slot != "output_quantizer"}
+
+
+def static(seen: Stats, bits: int, calibrator: str, percentile: float, scale: str) -> dict[str, Any]:
     """Configurations of the quantizers of a layer: of its input, and of its output if that was measured.
 
     Args:
@@ -35,6 +60,7 @@ def static(seen: Stats, bits: int, calibrator: str, percentile: float) -> dict[s
         bits: 2 to 16.
         calibrator: name of the rule.
         percentile: for calibrator="percentile".
+        scale: "float" or "po2".
 
     Returns:
         "input_quantizer" and perhaps "output_quantizer" -> configuration of an ``InputQuantizer``.
@@ -44,7 +70,7 @@ def static(seen: Stats, bits: int, calibrator: str, percentile: float) -> dict[s
         "output_quantizer": (seen.output_histogram, seen.output_range),
     }
     return {
-        slot: choose(*histogram, extremes, bits, calibrator, percentile)
+        slot: choose(*histogram, extremes, bits, calibrator, percentile, scale)
         for slot, (histogram, extremes) in pairs.items()
         if histogram is not None and extremes is not None
     }
@@ -57,6 +83,7 @@ def choose(
     bits: int,
     calibrator: str,
     percentile: float,
+    scale: str = "float",
 ) -> dict[str, Any]:
     """The static grid of values of which a histogram is known.
 
@@ -70,6 +97,7 @@ def choose(
         bits: 2 to 16.
         calibrator: name of the rule that gives T.
         percentile: for calibrator="percentile".
+        scale: "float", or "po2" for a power of two.
 
     Returns:
         Configuration of an ``InputQuantizer``.
@@ -100,5 +128,5 @@ def choose(
             percentile=percentile,
             weights=counts[seen].view(1, -1),
         )
-    scale, _ = choose_qparams(lo, hi, qmin, qmax)
-    return {"bits": bits, "scale": float(scale), "zero_point": 0, "qmin": qmin, "qmax": qmax}
+    step, _ = choose_qparams(lo, hi, qmin, qmax, power_of_two=scale == "po2")
+    return {"bits": bits, "scale": float(step), "zero_point": 0, "qmin": qmin, "qmax": qmax}

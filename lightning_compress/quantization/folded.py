@@ -75,7 +75,11 @@ class Fold:
             bias = None if layer.bias is None else torch.zeros_like(layer.bias)
             shift = self._shift(layer.bias, norm.running_mean, self._sigma()).to(norm.bias.dtype)
             return F.batch_norm(_linear(layer, x, rounded, bias), *_neutral(norm), shift, eps=norm.eps)
-        out, free, before = _linear(layer, x, rounded, None), _linear(layer, x, weight, layer.bias), self._sigma()
+        out, free, before = (
+            _linear(layer, x, rounded, None),
+            _linear(layer, x, weight, layer.bias),
+            self._sigma(),
+        )
         with torch.no_grad():
             plain_class(norm).forward(norm, free.detach())  # only for its running statistics
         values = free.to(torch.promote_types(free.dtype, torch.float32))
@@ -83,7 +87,8 @@ class Fold:
         sigma = (var + norm.eps).sqrt()
         shape = (-1, *[1] * (out.dim() - 2))
         scale, shift = before / sigma, self._shift(layer.bias, mean, sigma)
-        return (out * scale.reshape(shape) + shift.reshape(shape)).to(out.dtype)
+        y = out * scale.reshape(shape) + shift.reshape(shape)
+        return cast(Tensor, y.to(out.dtype))
 
     def _sigma(self) -> Tensor:
         var = cast(Tensor, self.norm.running_var)
@@ -102,7 +107,9 @@ class Fold:
         """
         norm: Any = self.norm
         shift = self._shift(layer.bias, norm.running_mean, self._sigma())
-        for tensor, value in zip((norm.running_mean, norm.running_var, norm.weight), _neutral(norm), strict=True):
+        for tensor, value in zip(
+            (norm.running_mean, norm.running_var, norm.weight), _neutral(norm), strict=True
+        ):
             tensor.copy_(value)
         norm.bias.copy_(shift)
         if layer.bias is not None:
@@ -151,7 +158,7 @@ def join(layer: nn.Module, norm: _BatchNorm, quantizer: Any) -> None:
         quantizer: of the layer's weight.
     """
     vars(layer)[_FOLD] = vars(norm)[_FOLD] = Fold(norm, quantizer)
-    norm.__class__ = _class(plain_class(norm))
+    cast(nn.Module, norm).__class__ = _class(plain_class(norm))
 
 
 def part(layer: nn.Module) -> None:
@@ -181,4 +188,4 @@ def _class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
-    return cast(nn.Module, object.__new__(_class(base)))
+    return object.__new__(_class(base))

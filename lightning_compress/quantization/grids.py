@@ -57,6 +57,7 @@ class MiniFloat:
 
 
 Format = str | Log2 | MiniFloat
+SCALES = ("float", "po2")
 
 
 def format_of(given: Format) -> Format:
@@ -98,6 +99,7 @@ class Grid:
         granularity: which entries share a scale; also by name, "per_tensor", "per_channel" or "per_group:SIZE".
         calibrator: name of the rule that sets the clip range.
         percentile: for calibrator="percentile".
+        scale: of integers: "float", or "po2" for powers of two.
 
     Raises:
         ValueError: options that do not exist or do not go together.
@@ -110,8 +112,11 @@ class Grid:
     granularity: Granularity | str = PerChannel()
     calibrator: str = "mse"
     percentile: float = 99.99
+    scale: str = "float"
 
     def __post_init__(self) -> None:
+        if self.scale not in SCALES:
+            raise ValueError(f"scale={self.scale!r} is unknown; allowed: {', '.join(SCALES)}.")
         kind = format_of(self.format)
         integer_range(self.bits)
         granularity_of(self.granularity)
@@ -164,7 +169,9 @@ class Grid:
         qmin, qmax = integer_range(self.bits, narrow=self.narrow)
         if self.bits == 1:
             means = [block.abs().mean(1) for block in blocks]
-            pairs = [choose_qparams(mean, mean, qmin, qmax) for mean in means]
+            pairs = [
+                choose_qparams(mean, mean, qmin, qmax, power_of_two=self.scale == "po2") for mean in means
+            ]
         else:
             pairs = [self._affine(block, qmin, qmax) for block in blocks]
         scale, zero = (groups.join(list(parts), weight.shape) for parts in zip(*pairs, strict=True))
@@ -176,7 +183,7 @@ class Grid:
         lo, hi = calibrate(
             self.calibrator, block, qmin=qmin, qmax=qmax, symmetric=self.symmetric, percentile=self.percentile
         )
-        return choose_qparams(lo, hi, qmin, qmax, self.symmetric)
+        return choose_qparams(lo, hi, qmin, qmax, self.symmetric, self.scale == "po2")
 
     def _float_scale(self, block: Tensor, kind: MiniFloat) -> Tensor:
         if kind.scale == "none":

@@ -10,14 +10,9 @@ from lightning_compress.functional.calibrators import calibrate
 from lightning_compress.functional.groups import Groups, granularity_of, like, real
 from lightning_compress.quantization.codes import Affine, GridCode
 from lightning_compress.quantization.grids import Grid
-from lightning_compress.quantization.learned import (
-    WeightQuantizer,
-    agree,
-    binary_weight,
-    group_means,
-    straight_through,
-)
+from lightning_compress.quantization.learned import WeightQuantizer
 from lightning_compress.quantization.quantizers import InputQuantizer, TrainingQuantizer
+from lightning_compress.quantization.straight import agree, binary_weight, group_means, straight_through
 
 
 class CalibratedWeight(WeightQuantizer):

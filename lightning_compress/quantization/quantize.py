@@ -51,12 +51,14 @@ class Quantize(Transform):
         calibrator: rule for the scales: minmax percentile entropy sawb lsq mse.
         activation_calibrator: the same for activations (not sawb).
         percentile: for the calibrators of that name, in (50, 100].
+        scale: "float", or "po2": scales of weights and activations are powers of two, so that float32 sums are exact
+            and an integer runtime gives the same bits.
         rounding: "nearest", or "compensated": what rounding one weight does to the layer's output is made up for by the
             weights that are rounded after it (needs inputs; linear layers and convolutions).
         bias_correction: shift biases by what rounding changes the mean output (needs inputs and biases).
         equalize: first even out the ranges of neighbouring layers (needs an example input, and BatchNorm folded).
-        outputs: also quantize what convolutions and linear layers return, so that an integer runtime never leaves
-            integers between them.
+        outputs: also quantize what layers return, except where it only goes through ReLU, pooling or reshaping into
+            one other quantized layer: an integer runtime then computes every convolution in integers.
         edge_bits: bits of weights and activations of the first and last executed layer; None: like the others.
         budget: for bits="auto": mean bits per weight.
         candidates: for bits="auto": numbers of bits to choose from.
@@ -89,6 +91,7 @@ class Quantize(Transform):
     calibrator: str = "mse"
     activation_calibrator: str = "percentile"
     percentile: float = 99.99
+    scale: str = "float"
     rounding: str = "nearest"
     bias_correction: bool = False
     equalize: bool = False
@@ -166,6 +169,7 @@ class Quantize(Transform):
             self.granularity,
             calibrator or self.calibrator,
             self.percentile,
+            self.scale,
         )
 
     # -- plan ------------------------------------------------------------------------------------------------
@@ -205,7 +209,16 @@ class Quantize(Transform):
         kept = all(self._holds(t, layers[t.key]) for t in targets)  # weights that are on their grids already
         if self.equalize:
             layers |= other_changes(model, work, layers)
-        for name, decided in self._activations(targets, kinds, fixed, seen, skipped).items():
+        rounded = self._activations(targets, kinds, fixed, seen, skipped)
+        if self.outputs:
+            passed = activations.passed_on(work, targets, inputs.example(model))
+            rounded = {
+                name: d if name not in passed else activations.without_output(d)
+                for name, d in rounded.items()
+            }
+        for t in targets:
+            rounding.make_bias_an_integer(t, layers[t.key], rounded.get(t.name, {}).get("input_quantizer"))
+        for name, decided in rounded.items():
             layers[f"{name}.input" if name else "input"] = {"layer": name, **decided}
         described = " ".join(part for part in (source, note, *notes) if part)
         return Plan(layers, skipped, identity=bool(targets) and kept, data=described)
@@ -316,7 +329,7 @@ class Quantize(Transform):
             elif self.mode == "dynamic":
                 found[t.name] = {"input_quantizer": InputQuantizer(widths[t.key]).config()}
             else:
-                rule = widths[t.key], self.activation_calibrator, self.percentile
+                rule = widths[t.key], self.activation_calibrator, self.percentile, self.scale
                 found[t.name] = activations.static(seen[t.key], *rule)
         return found
 

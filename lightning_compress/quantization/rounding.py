@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +122,31 @@ def compensated(target: Target, code: GridCode, gram: Tensor) -> Tensor:
         for g in range(len(parts[0]))
     ]
     return _weight_like(target, torch.stack(rows))
+
+
+def make_bias_an_integer(
+    target: Target, decided: dict[str, Any], quantizer: Mapping[str, Any] | None
+) -> None:
+    """Round the bias beside a weight to a multiple of ``s_x s_w``, the step in which integer products are summed.
+
+    Nothing happens where there is no such step: without a static quantizer of inputs, or with a scale for every run of
+    inputs.
+
+    Args:
+        target: linear layer or convolution.
+        decided: about its weight; gets or changes "bias".
+        quantizer: configuration of the quantizer of its inputs.
+    """
+    bias, config = bias_of(target), decided["config"]
+    fits = decided["kind"] == "affine" and not config["size"] and set(config["axes"]) <= {target.axes.out}
+    if bias is None or not has_gram(target) or not fits or quantizer is None or quantizer["scale"] is None:
+        return
+    scale = decided["arrays"]["scale"].double() * quantizer["scale"]
+    if len(scale) not in (1, len(bias)):
+        return
+    value = decided.get("bias", bias).detach().cpu().double()
+    most = torch.iinfo(torch.int32).max
+    decided["bias"] = ((value / scale).round().clamp(-most, most) * scale).to(bias.dtype)
 
 
 def corrected(target: Target, bias: Tensor, error: Tensor, mean: Tensor) -> Tensor:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_compress.functional.groups import real
 from lightning_compress.names import clean
 from lightning_compress.quantization import activations, assignment
 from lightning_compress.quantization.layers import (
@@ -218,6 +215,15 @@ def quantizer_of(target: Target) -> WeightQuantizer:
     return cast(WeightQuantizer, weight_quantizer(*_place(target)))
 
 
+def given(target: Target) -> Tensor:
+    """What the quantizer of a target rounds: the weight, with the factors of a BatchNorm that is folded in.
+
+    Args:
+        target: a weight that ``install`` returned.
+    """
+    return rounded_from(*_place(target)).detach()
+
+
 def input_quantizers(target: Target) -> list[TrainingQuantizer]:
     """The quantizers of what the layer of a target is given, and of what it returns.
 
@@ -311,37 +317,3 @@ def restore(own: Mapping[str, TrainingQuantizer], states: Mapping[str, Mapping[s
             quantizer.restore(states[name])
         except ValueError as error:
             raise ValueError(f"the stored quantizer {name} does not fit: {error}") from None
-
-
-# -- measure ---------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def measure(target: Target) -> dict[str, float]:
-    """How well the grid of a weight serves it.
-
-    - ``sqnr_db``: ``10 log10(sum w^2 / sum (w - w^)^2)``, left out where nothing is lost
-    - ``levels_used``: distinct integers / integers of the grid; a range that was lost shows as few
-    - ``step``: mean learned step
-
-    Args:
-        target: one that ``install`` returned.
-
-    Returns:
-        Quantity -> value.
-    """
-    quantizer, weight = quantizer_of(target), rounded_from(*_place(target)).detach()
-    if not quantizer.enabled:
-        return {}
-    found = {}
-    values = real(weight).double()
-    lost = float((values - real(quantizer(weight)).double()).square().sum())
-    if lost > 0:
-        found["sqnr_db"] = 10 * math.log10(max(float(values.square().sum()), 1e-300) / lost)
-    code = quantizer.code(weight)
-    integers = code.arrays(weight)["codes"].flatten().long()
-    levels = 2 if code.width == 1 else getattr(code, "qmax", 2**code.width - 1) - getattr(code, "qmin", 0) + 1
-    found["levels_used"] = len(torch.unique(integers)) / levels
-    if isinstance(quantizer, LearnedWeight) and quantizer.bits > 1:
-        found["step"] = float(quantizer.step.mean())
-    return found
