@@ -298,7 +298,9 @@ def _export_options(parser: ArgumentParser) -> None:
     parser.add_argument("--data", help="inputs to compare the file with the network on: an .npy file")
     parser.add_argument("--precision", default="int8", help="int8 or float32")
     parser.add_argument("--check", type=bool, default=True, help="compare the outputs in ONNX Runtime")
-    parser.add_argument("--reduce_range", type=bool, default=False, help="7-bit weights, for x86 without VNNI")
+    parser.add_argument(
+        "--reduce_range", type=bool, default=False, help="7-bit weights, for x86 without VNNI"
+    )
     parser.add_argument("--output", required=True, help="file to write, e.g. net.onnx")
     parser.add_argument("--force", action="store_true", help="replace a file that exists")
 

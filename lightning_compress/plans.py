@@ -18,7 +18,16 @@ from lightning_compress.functional.masks import pack_bits, unpack_bits
 
 _DTYPES = {
     str(d).removeprefix("torch."): d
-    for d in (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64)
+    for d in (
+        torch.bool,
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.float32,
+        torch.float64,
+    )
 }
 
 

@@ -836,7 +836,9 @@ def test_a_test_without_quantizer_state_says_so(tmp_path):
         def test_step(self, batch, batch_idx):
             self.training_step(batch, batch_idx)
 
-    with pytest.warns(UserWarning, match="have seen no training batch, so what they stand for is not rounded"):
+    with pytest.warns(
+        UserWarning, match="have seen no training batch, so what they stand for is not rounded"
+    ):
         trainer(qat("lsq")).test(Tested(), loader(), ckpt_path=tmp_path / "weights.ckpt")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*have seen no training batch.*")

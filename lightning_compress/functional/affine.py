@@ -271,7 +271,7 @@ class _Rounded(torch.autograd.Function):
         if (
             residual
         ):  # round(x / s) - x / s inside, where inner is the gradient; a bound elsewhere, where it is 0
-            slope = clipped.round().mul_(gradient).addcmul_(inner, clipped, value=-1)
+            slope = clipped.round().mul_(gradient).sub_(clipped.mul_(inner))
         else:
             slope = (gradient - inner).mul_(clipped)
         for_scale = slope.sum_to_size(scale.shape) * gradient_scale

@@ -3,9 +3,9 @@
     python recipes/benchmarks/int8_latency.py --data DIR --models resnet20 resnet56 lenet5 mobilenet_v2 \
         --checkpoint resnet20=A.safetensors resnet56=B.safetensors lenet5=C.safetensors
 
-Every network is quantized to W8A8 twice: "inputs" rounds what each layer takes in, "outputs" also what it returns. All
-files of a network run in one process, in turns: one pass of each, float32 first, then again. A ratio pairs an int8
-pass with the float32 passes right before and after it.
+Every network is quantized to W8A8 three times: "inputs" rounds what each layer takes in, "outputs" also what it returns
+to an addition, and "po2" takes powers of two as scales. All files of a network run in one process, in turns: one pass
+of each, float32 first, then again. A ratio pairs an int8 pass with the float32 passes right before and after it.
 
 Without ``--data`` images are random; without ``--checkpoint`` weights are, with BatchNorm statistics from one batch.
 """
@@ -34,7 +34,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from cifar_resnet import load_weights, normalize
 
 MNIST_MEAN, MNIST_STD = 0.1307, 0.3081
-FORMS = {"inputs": {}, "outputs": {"outputs": True}}
+FORMS = {"inputs": {}, "outputs": {"outputs": True}, "po2": {"outputs": True, "scale": "po2"}}
 
 
 def network(name: str, checkpoint: str | None) -> nn.Module:

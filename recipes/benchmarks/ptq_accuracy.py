@@ -4,7 +4,31 @@
 
 Checkpoints and data are those of ``recipes/cifar_resnet.py``. BatchNorm is folded first; "no data" means inputs that
 were synthesized from the network's own BatchNorm statistics. The first and last layer keep 8 bits, but for "all layers"
-rows. Every row is one network that was really quantized, written and read back.
+rows; "nearest" rows round to nearest, the others with compensated rounding and bias correction. Every row is one
+network that was really quantized and written.
+
+Measured with 5,000 test images (half of the test set, one image is 0.02 points; 5,000 images resolve about ±0.4), seed
+0, one run; ResNet-56 with 128 synthesized inputs, ResNet-20 with 256:
+
+                                 ResNet-20                    ResNet-56
+                    inputs       top-1    file_bytes          top-1
+    float32                      91.50     909,174            93.30
+    W8              no data      91.50     250,198
+    W6              no data      91.78     183,191
+    W4, nearest     no data      89.70     121,821            91.90
+    W4              no data      91.52     122,689            93.04
+    W4, all layers  no data      91.50     121,977
+    W3, nearest     no data      74.58      91,874
+    W3              no data      90.80      93,202
+    W8A8            no data      91.46     250,756            93.50
+    W4A8            no data      91.68     123,237            93.22
+    W8A8            1024 images  91.56     250,762
+    W4              1024 images  91.66     122,706
+    W4A8            1024 images  91.76     123,256
+    W3A8            1024 images  91.18      93,723
+    W4A4            1024 images  90.86     123,255
+
+Machine: 2 shared cores of an Intel Xeon at 2.1 GHz, CPU only. Python 3.11, torch 2.15.0.
 """
 
 from __future__ import annotations
