@@ -50,7 +50,7 @@ def compensated(net: nn.Module, options: argparse.Namespace) -> nn.Module:
     """Weights rounded so that the error in every layer's output is small: a better start than the nearest values."""
     inputs = normalize(read(options.data, True, min(options.train_size or 512, 512))[0]).split(128)
     rule = lc.Quantize(options.bits[0], edge_bits=8, rounding="compensated", samples=512)
-    return lc.compress(net.eval(), [rule], example_input=inputs[0][:1], data=inputs).model
+    return lc.compress(net.eval(), [rule], example_input=inputs[0][:1], data=inputs).model.train()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     dense = build(options.arch, options.checkpoint)
     dense.load_state_dict(lit.net.state_dict())
     if options.start == "compensated":
-        lit.net.load_state_dict(compensated(dense, options).state_dict())
+        lit.net = compensated(dense, options)  # its grid is what the steps begin with
     images, labels = read(options.data, False, options.limit_test)
     data = CIFAR10(options.data, options.batch_size, options.train_size, options.limit_test)
     weights, activations = options.bits

@@ -3,6 +3,7 @@
 The behaviours that users of other libraries asked for are in ``test_qat_behaviours.py``.
 """
 
+import copy
 import csv
 import itertools
 import math
@@ -23,14 +24,15 @@ from lit import Lit, loader, trainer
 from torch import nn
 
 import lightning_compress as lc
+from lightning_compress import codes
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
-from lightning_compress.functional.affine import learned_step
+from lightning_compress.functional.affine import fake_quantize, learned_step
 from lightning_compress.functional.groups import PerChannel, PerGroup, PerTensor
 from lightning_compress.quantization.grids import Grid
 from lightning_compress.quantization.layers import quantize_input, quantize_weight
 from lightning_compress.quantization.learned import ClippedInput, LearnedInput, LearnedWeight
 from lightning_compress.quantization.observed import CalibratedWeight, ObservedInput
-from lightning_compress.quantization.training import quantizers
+from lightning_compress.quantization.training import quantizer_of, quantizers
 
 METHODS = ("fake_quant", "lsq", "pact")
 
@@ -843,3 +845,39 @@ def test_a_test_without_quantizer_state_says_so(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*have seen no training batch.*")
         trainer(qat("lsq")).test(Tested(), loader(), ckpt_path=tmp_path / "whole.ckpt")
+
+
+def test_a_quantized_network_trains_on_from_its_own_grid():
+    lit = Lit()
+    lit.net = lc.compress(lit.net, [lc.Quantize(4)]).model.train()
+    want = [codes.read(t.module, t.param) for t in lc.find(lit.net)]
+    for chosen in ({}, {"edge_layers_bits": None, "calibrator": "lsq"}):
+        again = copy.deepcopy(lit)
+        callback = QuantizationAwareTraining(4, None, "lsq", **{"edge_layers_bits": None, **chosen})
+        callback.setup(trainer(callback), again, "fit")
+        found = [quantizer_of(t) for t in lc.find(again.net)]
+        assert all(
+            torch.equal(q._steps(t.weight), c.scale)
+            for q, t, c in zip(found, lc.find(again.net), want, strict=True)
+        )
+    moved = copy.deepcopy(lit)
+    with torch.no_grad():
+        for p in moved.parameters():
+            p.mul_(1.7)  # the codes are stale now
+    callback.setup(trainer(callback), moved, "fit")
+    steps = [quantizer_of(t)._steps(t.weight) for t in lc.find(moved.net)]
+    assert not any(torch.equal(step, c.scale) for step, c in zip(steps, want, strict=True))
+
+
+def test_the_first_step_of_inputs_by_another_calibrator():
+    x = torch.cat([torch.rand(1, 4000), torch.tensor([[30.0]])], 1)
+    mse, paper = LearnedInput(4, "mse"), LearnedInput(4)
+    for quantizer in (mse, paper):
+        quantizer.train()(x)
+    assert torch.allclose(paper.step, 2 * x.mean().view(1) / math.sqrt(15))
+    error = [float((q(x) - x).square().sum()) for q in (mse, paper)]
+    best = min(
+        float((fake_quantize(x, torch.tensor(30 * k / 1500), None, 0, 15) - x).square().sum())
+        for k in range(20, 101)
+    )
+    assert error[0] == pytest.approx(best, rel=1e-4) and error[0] < error[1]

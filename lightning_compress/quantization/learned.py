@@ -8,6 +8,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.codes import Code
 from lightning_compress.functional.affine import integer_range, learned_step
 from lightning_compress.functional.calibrators import calibrate
 from lightning_compress.functional.groups import Granularity, Groups, granularity_of, like, real
@@ -18,6 +19,7 @@ from lightning_compress.quantization.straight import agree, attached, binary_wei
 SMALLEST = 1e-8
 """Learned steps and clips are kept at or above this."""
 _PACT_PERCENTILE = 99.9
+_SAMPLE = 1 << 16
 
 
 class WeightQuantizer(TrainingQuantizer):
@@ -64,6 +66,8 @@ class LearnedWeight(WeightQuantizer):
         narrow: leave the most negative integer out.
         calibrator: rule for the first steps. The paper's, "lsq", makes them wide: 1.8 times the best ones for normally
             distributed weights of 4 bits, which "mse" finds.
+        code: how the weight was quantized before training; while it describes the weight and is of the same grid, its
+            scales are the first steps.
 
     Raises:
         ValueError: bits outside 1..16, or a granularity that does not fit the weight.
@@ -86,9 +90,10 @@ class LearnedWeight(WeightQuantizer):
         out: int = 0,
         narrow: bool = True,
         calibrator: str = "lsq",
+        code: Code | None = None,
     ) -> None:
         super().__init__(bits)
-        self.calibrator = calibrator
+        self.calibrator, self.given = calibrator, code
         self.groups = Groups.of(granularity_of(granularity), weight.shape, out)
         self.narrow = narrow
         # Real numbers that share a step; runs that are cut off at the end of a row count as the average.
@@ -145,6 +150,14 @@ class LearnedWeight(WeightQuantizer):
     @torch.no_grad()
     def _initial(self, weight: Tensor) -> Tensor:
         qmin, qmax = self.range
+        before = self.given
+        if (
+            isinstance(before, Affine)
+            and before.zero_point is None
+            and (before.groups, before.width, before.qmin) == (self.groups, self.bits, qmin)
+            and before.matches(weight)
+        ):
+            return before.scale.to(weight.device)
         blocks = [block.detach().float() for block in self.groups.blocks(weight)]
         clips = [calibrate(self.calibrator, block, qmin=qmin, qmax=qmax)[1] for block in blocks]
         step = self.groups.join(clips, weight.shape).to(weight.device) / qmax
@@ -155,12 +168,14 @@ class LearnedWeight(WeightQuantizer):
 class LearnedInput(TrainingQuantizer):
     r"""LSQ for activations: ``y = s clip(round(x / s), qmin, qmax)`` with one learned step s.
 
-    The first batch in training mode sets ``s = 2 E|x| / sqrt(qmax)`` and whether the grid has negative integers; with
-    several processes all take the mean, and negative values anywhere count. Until then values pass through. The
-    gradient of s is scaled by ``1 / sqrt(N qmax)``, N values per sample (the first axis counts samples).
+    The first batch in training mode sets ``s = 2 E|x| / sqrt(qmax)``, or ``T / qmax`` with T by another calibrator,
+    and whether the grid has negative integers; with several processes all take the mean, and negative values anywhere
+    count. Until then values pass through. The gradient of s is scaled by ``1 / sqrt(N qmax)``, N values per sample
+    (the first axis counts samples).
 
     Args:
         bits: 2 to 16.
+        calibrator: rule for the first step; other ones than the paper's "lsq" look at 65,536 values at most.
 
     Examples:
         >>> quantizer = LearnedInput(2)
@@ -173,8 +188,9 @@ class LearnedInput(TrainingQuantizer):
 
     residual = True  # whether the rounding error is part of the gradient
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, calibrator: str = "lsq") -> None:
         super().__init__(bits)
+        self.calibrator = calibrator
         self.step = nn.Parameter(torch.ones(1))
 
     @property
@@ -228,7 +244,11 @@ class LearnedInput(TrainingQuantizer):
             self.initialized = True
 
     def _initial(self, x: Tensor) -> Tensor:
-        return 2 * x.abs().mean() / math.sqrt(self.range[1])
+        if self.calibrator == "lsq":
+            return 2 * x.abs().mean() / math.sqrt(self.range[1])
+        few = x.flatten()[:: max(x.numel() // _SAMPLE, 1)].view(1, -1)
+        qmin, qmax = self.range
+        return calibrate(self.calibrator, few, qmin=qmin, qmax=qmax)[1].squeeze() / qmax
 
 
 class ClippedInput(LearnedInput):

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from lightning_compress import codes
 from lightning_compress.names import clean
 from lightning_compress.quantization import activations, assignment
 from lightning_compress.quantization.layers import (
@@ -31,6 +32,7 @@ METHODS = ("fake_quant", "lsq", "pact")
 # Of weights, unless told otherwise. Learned steps are calibrated once. Otherwise it runs at every pass, where "mse",
 # which tries 81 ranges, would take longer than the network.
 _CALIBRATORS = {"lsq": "mse", "fake_quant": "minmax", "pact": "minmax"}
+_ACTIVATION_CALIBRATOR = "mse"  # of the first learned steps; the other methods have rules of their own
 # Options of Quantize that describe what happens after training, and their value here.
 _AFTERWARDS: dict[str, Any] = {
     "mode": "static",
@@ -64,7 +66,8 @@ def options(
     for option in taken.keys() & others.keys():
         raise ValueError(f"give {option} as {taken[option]}=.")
     if transform is None:
-        transform = Quantize(**{"calibrator": _CALIBRATORS[method], **bits, **others})
+        chosen = {"calibrator": _CALIBRATORS[method], "activation_calibrator": _ACTIVATION_CALIBRATOR}
+        transform = Quantize(**{**chosen, **bits, **others})
     elif (
         set(bits.values()) != {8} or Quantize(**others) != Quantize()
     ):  # a configuration file gives every default
@@ -175,7 +178,8 @@ def install(
             skipped[f"{t.name}.input" if t.name else "input"] = why
         elif t.key in inputs and t.name not in layers:
             layers[t.name] = inputs[t.key]
-            new |= _install_input(t.module, method, momentum, inputs[t.key], transform.outputs)
+            given = transform.outputs, transform.activation_calibrator
+            new |= _install_input(t.module, method, momentum, inputs[t.key], *given)
     names = frozenset(t.name for t in targets if t.key in edges)
     held = {id(q) for t in targets for q in (quantizer_of(t), *input_quantizers(t))}
     own = {name: q for name, q in quantizers(model).items() if id(q) in held}
@@ -246,7 +250,7 @@ def _install_weight(model: nn.Module, target: Target, method: str, transform: Qu
     quantizer: WeightQuantizer
     if method == "lsq":
         shape = transform.granularity, out, transform.narrow, transform.calibrator
-        quantizer = LearnedWeight(bits, weight.detach(), *shape)
+        quantizer = LearnedWeight(bits, weight.detach(), *shape, codes.read(target.module, target.param))
         quantizer.forget()  # a checkpoint may still bring other weights
     else:
         quantizer = CalibratedWeight(transform.grid(bits), weight.detach(), out)
@@ -262,10 +266,12 @@ def _install_weight(model: nn.Module, target: Target, method: str, transform: Qu
     return True
 
 
-def _install_input(layer: nn.Module, method: str, momentum: float, bits: int, outputs: bool) -> bool:
+def _install_input(
+    layer: nn.Module, method: str, momentum: float, bits: int, outputs: bool, calibrator: str
+) -> bool:
     make: dict[str, Callable[[], TrainingQuantizer]] = {
         "fake_quant": lambda: ObservedInput(bits, momentum),
-        "lsq": lambda: LearnedInput(bits),
+        "lsq": lambda: LearnedInput(bits, calibrator),
         "pact": lambda: ClippedInput(bits),
     }
     device = next(layer.parameters()).device
