@@ -498,3 +498,55 @@ def test_apply_checks_the_plan_before_it_writes():
 def test_bad_options_say_what_is_allowed(options, message):
     with pytest.raises(ValueError, match=message):
         lc.Quantize(**options)
+
+
+# -- for integer runtimes ------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(2.0**-60, 2.0**60, width=32), min_size=1, max_size=20), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_scales_that_are_powers_of_two_are_the_next_above(values, symmetric):
+    hi = torch.tensor(values)
+    lo = -hi if symmetric else -hi / 3
+    qmin, qmax = integer_range(8, narrow=symmetric)
+    scale, zero = choose_qparams(lo, hi, qmin, qmax, symmetric, power_of_two=True)
+    free, _ = choose_qparams(lo, hi, qmin, qmax, symmetric)
+    assert (
+        (torch.frexp(scale).mantissa == 0.5).all() and (scale >= free).all() and (scale < 2.001 * free).all()
+    )
+    assert (zero >= qmin).all() and (zero <= qmax).all()
+
+
+def test_powers_of_two_everywhere():
+    step = lc.Quantize(8, activation_bits=8, outputs=True, scale="po2")
+    model = lc.compress(small(), [step], data=X).model
+    for target in lc.find(model):
+        scales = [codes.read(target.module, target.param).scale, layers.input_quantizer(target.module).scale]
+        assert all((torch.frexp(s).mantissa == 0.5).all() for s in scales)
+    assert (model(X) - small()(X)).norm() < 0.05 * small()(X).norm()
+
+
+def test_biases_are_multiples_of_the_product_of_scales():
+    net = small()
+    model = lc.compress(net, [lc.Quantize(8, activation_bits=8, bias_correction=True)], data=X).model
+    for index in (0, 2, 5):
+        code, quantizer = codes.read(model[index], "weight"), layers.input_quantizer(model[index])
+        unit = code.scale.double() * float(quantizer.scale)
+        integers = model[index].bias.detach().double() / unit
+        assert torch.allclose(integers, integers.round(), atol=1e-3)
+        assert ((model[index].bias - net[index].bias).abs() < 0.05).all()
+
+
+def test_outputs_are_rounded_only_where_they_meet_something_else():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            y = self.b(torch.relu(self.a(x)))
+            return self.c(torch.relu(x + y))
+
+    model = lc.compress(Block(), [lc.Quantize(activation_bits=8, outputs=True)], data=X).model
+    found = {name: layers.output_quantizer(getattr(model, name)) is not None for name in "abc"}
+    assert found == {"a": False, "b": True, "c": True}
