@@ -321,6 +321,27 @@ def test_quantize_options_are_those_of_the_transform(monkeypatch: pytest.MonkeyP
 # -- checkpoints ---------------------------------------------------------------------------------------------
 
 
+def test_export_writes_the_integers_of_an_archive(
+    lenet: nn.Module, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    x = torch.rand(16, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    np.save("x.npy", x.numpy())
+    small = lc.compress(lenet, [lc.Quantize(8, activation_bits=8)], data=x).model
+    lc.save(small, "small.lcz")
+    base = ["export", "--model", "lenet5", "--example-shape", "2", "1", "28", "28", "--output"]
+    assert cli.main([*base, "net.onnx", "--checkpoint", "small.lcz", "--data", "x.npy"]) == 0
+    printed = capsys.readouterr().out
+    assert "samples compared         16" in printed and printed.count("int8  ") >= 5
+    stored = [t for t in onnx.load("net.onnx").graph.initializer if t.data_type == onnx.TensorProto.INT8]
+    weights = {tuple(t.weight.shape) for t in lc.find(lenet)}
+    assert weights <= {tuple(t.dims) for t in stored}
+    assert "no weight is quantized" in refused(capsys, *base, "other.onnx")
+    assert "--force" in refused(capsys, *base, "net.onnx", "--checkpoint", "small.lcz")
+    assert not Path("other.onnx").exists()
+
+
 def test_the_prefix_is_asked_for_when_two_networks_fit(
     net: nn.Module, capsys: pytest.CaptureFixture[str]
 ) -> None:

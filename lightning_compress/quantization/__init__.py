@@ -6,7 +6,17 @@ activations and training weights are rounded on the way), `quantize` (the transf
 
 from lightning_compress.functional.groups import PerChannel, PerGroup, PerTensor
 from lightning_compress.quantization.grids import Log2, MiniFloat
+from lightning_compress.quantization.integer import to_integer
 from lightning_compress.quantization.optimizers import parameter_groups
 from lightning_compress.quantization.quantize import Quantize
 
-__all__ = ["Log2", "MiniFloat", "PerChannel", "PerGroup", "PerTensor", "Quantize", "parameter_groups"]
+__all__ = [
+    "Log2",
+    "MiniFloat",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "Quantize",
+    "parameter_groups",
+    "to_integer",
+]
