@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress.functional.inputs import Histogram
-from lightning_compress.stats import Calibration, Stats, collect, expected_input
+from lightning_compress.stats import Calibration, Stats, collect
 from lightning_compress.targets import find, register
 
 
@@ -539,36 +538,3 @@ def test_same_seed_same_statistics() -> None:
     for key in a:
         assert torch.equal(a[key].input_norm, b[key].input_norm)
         assert torch.equal(a[key].gradient, b[key].gradient)
-
-
-# Without any input -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("affine", [True, False])
-def test_expected_input_behind_batchnorm_is_the_mean_of_a_normal_distribution(affine: bool) -> None:
-    """SciPy integrates the same expectation."""
-    norm = nn.BatchNorm2d(7, affine=affine)
-    gamma, beta = np.ones(7), np.zeros(7)
-    if affine:
-        gamma, beta = np.array([0.5, -2, 1, 3, 0.1, 0, 0]), np.array([0, 1, -1.5, 0.2, 2, 0.7, -0.7])
-        norm.weight.data = torch.from_numpy(gamma).float()
-        norm.bias.data = torch.from_numpy(beta).float()
-    for relu in (True, False):
-        expected = [
-            scipy.stats.norm(b, max(abs(g), 1e-9)).expect(
-                lambda z, relu=relu: max(z, 0) if relu else z,
-                lb=b - 12 * abs(g) - 1e-8,
-                ub=b + 12 * abs(g) + 1e-8,
-            )
-            for g, b in zip(gamma, beta, strict=True)
-        ]
-        np.testing.assert_allclose(expected_input(norm, relu).numpy(), expected, atol=1e-5)
-
-
-def test_expected_input_agrees_with_what_a_layer_sees() -> None:
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2)).eval()
-    model[0].weight.data = torch.tensor([1.0, -0.5, 2.0])
-    model[0].bias.data = torch.tensor([0.5, -0.2, 0.0])
-    draws = 50_000
-    stats = only(model, torch.randn(draws, 3), "input_mean", samples=draws)
-    assert (stats.input_mean[0] - expected_input(model[0])).abs().max() < 5 * 2 / math.sqrt(draws)
