@@ -14,6 +14,7 @@ from lightning_compress.cost import cost
 from lightning_compress.export import export_onnx
 from lightning_compress.finalize import finalize
 from lightning_compress.fusion import FuseBatchNorm
+from lightning_compress.lowrank import Factorize
 from lightning_compress.metrics import OutputErrorRate, RelativeL2Error
 from lightning_compress.pruning.sparsify import Prune
 from lightning_compress.quantization import Log2, MiniFloat, PerChannel, PerGroup, PerTensor, Quantize
@@ -25,6 +26,7 @@ __all__ = [
     "BatchNormFusion",
     "Code",
     "CompressionMonitor",
+    "Factorize",
     "FuseBatchNorm",
     "Log2",
     "MiniFloat",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +15,8 @@ from lightning_compress.cost import Cost, cost
 from lightning_compress.names import clean
 from lightning_compress.plans import Plan
 from lightning_compress.stats import Calibration
-from lightning_compress.transform import (
-    Coverage,
-    NothingChangedError,
-    OrderError,
-    Step,
-    Transform,
-    applied,
-    record,
-)
+from lightning_compress.steps import digests, measured, run_step
+from lightning_compress.transform import Coverage, OrderError, Step, Transform, applied, record
 
 
 @dataclass(frozen=True)
@@ -121,35 +113,6 @@ def check_order(transforms: Sequence[Transform], model: nn.Module) -> None:
         earlier.append((name, transform.stage))
 
 
-def _digests(model: nn.Module) -> dict[str, tuple[bytes, int, bool]]:
-    """Name -> (hash of the bytes, number of bytes, is a parameter) of every parameter and buffer, shared ones once."""
-    found = {}
-    for group, is_parameter in ((model.named_parameters(), True), (model.named_buffers(), False)):
-        for name, tensor in group:
-            dense = tensor if tensor.layout == torch.strided else tensor.to_dense()
-            raw = dense.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            found[clean(name)] = (hashlib.blake2b(raw, digest_size=16).digest(), dense.nbytes, is_parameter)
-    return found
-
-
-def _coverage(
-    before: dict[str, tuple[bytes, int, bool]], model: nn.Module, skipped: Mapping[str, str]
-) -> Coverage:
-    after = _digests(model)
-    changed = {
-        n: before[n][1] if n in before else 0
-        for n in before.keys() | after.keys()
-        if before.get(n) != after.get(n)
-    }
-    total = sum(size for _, size, is_parameter in before.values() if is_parameter)
-    hit = sum(before[n][1] for n in changed if n in before and before[n][2])
-    order = [*before, *(n for n in after if n not in before)]
-    named = {n: changed[n] for n in order if n in changed}
-    return Coverage(
-        named, {k: v for k, v in skipped.items() if k not in changed}, total, hit / total if total else 0.0
-    )
-
-
 def _check_finite(model: nn.Module) -> None:
     for name, weight in model.named_parameters():
         bad = 0 if weight.is_meta else int((~torch.isfinite(weight.detach())).sum())
@@ -160,36 +123,6 @@ def _check_finite(model: nn.Module) -> None:
                 else f"has {bad} of {weight.numel()} entries that are not finite"
             )
             raise ValueError(f"{clean(name)} {what}: load or repair the weights before compressing.")
-
-
-def run_step(model: nn.Module, transform: Transform, data: Calibration | None = None) -> Step:
-    """Plan and apply one transform in place, measure what changed, and record the step on the model.
-
-    Args:
-        model: any module.
-        transform: the method.
-        data: calibration inputs.
-
-    Returns:
-        The recorded step.
-
-    Raises:
-        NothingChangedError: no tensor changed, and the plan is not an identity.
-    """
-    plan = transform.plan(model, data)
-    before = _digests(model)
-    transform.apply(model, plan)
-    coverage = _coverage(before, model, plan.skipped)
-    name = type(transform).__name__
-    if not coverage.changed and not plan.identity:
-        why = (
-            f"no layer fits:{tables.reasons(plan.skipped)}" if plan.skipped else "every tensor is as it was."
-        )
-        why = why if before else "the model has no parameters."
-        raise NothingChangedError(f"{name} changed nothing: {why}")
-    step = Step(name, transform.config(), plan, coverage)
-    record(model, step)
-    return step
 
 
 def compress(
@@ -239,7 +172,7 @@ def compress(
     _check_finite(model)
     calibration = Calibration(example_input=example_input, data=data, seed=seed, origin=model)
     before = cost(model, example_input)
-    start = _digests(model)
+    start = digests(model)
     work = copy.deepcopy(model)
     steps = tuple(run_step(work, transform, calibration) for transform in todo)
     if inplace:
@@ -248,4 +181,4 @@ def compress(
             record(model, step)
         work = model
     skipped = {k: v for step in steps for k, v in step.plan.skipped.items()}
-    return Result(work, steps, _coverage(start, work, skipped), before, cost(work, example_input))
+    return Result(work, steps, measured(start, work, skipped), before, cost(work, example_input))

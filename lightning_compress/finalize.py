@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lightning_compress import codes
+from lightning_compress.targets import replace_modules
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -63,13 +64,8 @@ def finalize(module: nn.Module) -> nn.Module:
     result = copy.deepcopy(module)
     for part in result.modules():
         _detach(part)
-    plain: dict[nn.Module | None, nn.Module] = {
-        part: _plain(part) for part in result.modules() if isinstance(part, StandIn)
-    }
-    for part in list(result.modules()):
-        for name, child in part._modules.items():
-            if child in plain:
-                part._modules[name] = plain[child]
+    plain: dict[nn.Module, nn.Module] = {p: _plain(p) for p in result.modules() if isinstance(p, StandIn)}
+    replace_modules(result, plain)
     return plain.get(result, result).eval()
 
 

@@ -1,7 +1,8 @@
 """Errors between the outputs of two models, or of a model and the truth, as torchmetrics and as functions.
 
-`OutputErrorRate` (BER in this project) compares a compressed model with its original, `RelativeL2Error` a
-predicted field with a reference. Both are means over trials, with a standard error and a 95 % interval.
+`OutputErrorRate` (BER in this project) compares a compressed model with its original, `RelativeL2Error` and
+`RelativeH1Error` a predicted field with a reference. All are means over trials, with a standard error and a 95 %
+interval.
 """
 
 from __future__ import annotations
@@ -75,6 +76,37 @@ def relative_l2_error(preds: Tensor, target: Tensor, dims: int | None = None) ->
         Li et al., "Fourier neural operator for parametric partial differential equations", 2021.
     """
     return _field_errors(preds, target, dims)[0].mean()
+
+
+def relative_h1_error(
+    preds: Tensor, target: Tensor, dims: int | None = None, periodic: bool = False
+) -> Tensor:
+    """Mean over samples and channels of √(‖e‖² + ‖∇e‖²) / √(‖y‖² + ‖∇y‖²), with e = preds − target and y = target.
+
+    Details in `RelativeH1Error`.
+
+    Args:
+        preds: (N, C, …) real or complex, values on a grid of the unit cube.
+        target: Of the same shape.
+        dims: Number of trailing axes that are space; None: all behind sample and channel.
+        periodic: Whether the fields go on at the other side; otherwise differences are one-sided at the border.
+
+    Returns:
+        Scalar float64 (float32 on devices without float64); NaN without a reference above 1e-12.
+
+    Raises:
+        ValueError: If shapes differ, have no axis for the norms or an axis of fewer than 3 points, or an argument
+            is not finite.
+
+    Examples:
+        >>> y = torch.rand(2, 1, 4, 4)
+        >>> round(relative_h1_error(1.25 * y, y).item(), 6)
+        0.25
+
+    References:
+        Czarnecki et al., "Sobolev training for neural networks", 2017.
+    """
+    return _field_errors(preds, target, dims, _differences(periodic))[0].mean()
 
 
 def wilson_interval(p: Tensor, n: Tensor, z: float = _Z95) -> tuple[Tensor, Tensor]:
@@ -292,9 +324,7 @@ class RelativeL2Error(_MeanError):
 
     def __init__(self, dims: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if dims is not None and dims < 1:
-            raise ValueError(f"RelativeL2Error: dims must be >= 1 or None, got {dims}.")
-        self.dims = dims
+        self.dims = _checked_dims("RelativeL2Error", dims)
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch.
@@ -307,6 +337,58 @@ class RelativeL2Error(_MeanError):
             ValueError: If shapes differ, have no axis for the norms, or an argument is not finite.
         """
         self._add(*_field_errors(preds, target, self.dims))
+
+
+class RelativeH1Error(_MeanError):
+    """Relative H1 error: mean over samples and channels of √(‖e‖² + ‖∇e‖²) / √(‖y‖² + ‖∇y‖²), e = preds − y.
+
+    ∇ are central differences on the unit cube, with spacing 1/n along an axis of n points; at the border second-order
+    one-sided ones, unless periodic. Roughness of the error counts, which the L2 error does not see. Norms run over the
+    last `dims` axes, every other index is a trial. Trials with a norm of y below 1e-12 are left out and counted in
+    `n_left_out`. For periodic reals this is neuraloperator's ``H1Loss(d=dims, reduction="mean")``.
+
+    Args:
+        dims: Number of spatial axes at the end; None: all axes behind sample and channel.
+        periodic: Whether the fields go on at the other side.
+        **kwargs: Options of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If `dims` is below 1.
+
+    Examples:
+        >>> metric = RelativeH1Error(dims=2)
+        >>> y = torch.rand(5, 1, 8, 8)
+        >>> metric.update(y + 1, y)  # a constant error has no gradient
+        >>> metric.compute().item() < relative_l2_error(y + 1, y).item()
+        True
+
+    References:
+        Czarnecki et al., "Sobolev training for neural networks", 2017.
+    """
+
+    def __init__(self, dims: int | None = 2, periodic: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.dims = _checked_dims("RelativeH1Error", dims)
+        self.periodic = periodic
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            preds: (N, C, …) real or complex.
+            target: Of the same shape.
+
+        Raises:
+            ValueError: If shapes differ, have no axis for the norms or an axis of fewer than 3 points, or an argument
+                is not finite.
+        """
+        self._add(*_field_errors(preds, target, self.dims, _differences(self.periodic)))
+
+
+def _checked_dims(name: str, dims: int | None) -> int | None:
+    if dims is not None and dims < 1:
+        raise ValueError(f"{name}: dims must be >= 1 or None, got {dims}.")
+    return dims
 
 
 def _check_task(task: str) -> None:
@@ -345,7 +427,14 @@ def _output_errors(f: Tensor, g: Tensor, task: Task, class_axis: int) -> tuple[T
     return (f.argmax(axis) != g.argmax(axis)).flatten().to(_wide(f)), 0
 
 
-def _field_errors(preds: Tensor, target: Tensor, dims: int | None) -> tuple[Tensor, int]:
+_Parts = Callable[
+    [Tensor, int], list[Tensor]
+]  # field and number of its last axes -> what its norm is made of
+
+
+def _field_errors(
+    preds: Tensor, target: Tensor, dims: int | None, parts: _Parts = lambda x, axes: [x]
+) -> tuple[Tensor, int]:
     """Errors of the trials that count, and the number of those left out."""
     _check_pair(preds=preds, target=target)
     axes = target.ndim - 2 if dims is None else dims
@@ -354,18 +443,47 @@ def _field_errors(preds: Tensor, target: Tensor, dims: int | None) -> tuple[Tens
             f"target has shape {tuple(target.shape)}, which does not go with dims={dims}; give (N, C, …), or "
             "dims from 1 to the number of axes."
         )
-    return _relative_norms(preds, target, axes)
+    return _relative_norms(preds, target, axes, parts)
 
 
-def _relative_norms(x: Tensor, reference: Tensor, axes: int) -> tuple[Tensor, int]:
+def _relative_norms(
+    x: Tensor, reference: Tensor, axes: int, parts: _Parts = lambda x, axes: [x]
+) -> tuple[Tensor, int]:
     """‖x − reference‖ / ‖reference‖ over the last axes, where the reference's norm is not too small."""
-    trials = math.prod(reference.shape[: reference.ndim - axes])
-    shape = (trials, -1) if reference.numel() else (0, 1)
-    x, reference = (y.to(torch.promote_types(y.dtype, _wide(y))).reshape(shape) for y in (x, reference))
-    norm = torch.linalg.vector_norm(reference, dim=-1)
-    error = torch.linalg.vector_norm(x - reference, dim=-1)
+    x, reference = (y.to(torch.promote_types(y.dtype, _wide(y))) for y in (x, reference))
+    error, norm = (_norm(parts(y, axes), axes) for y in (x - reference, reference))
     counted = norm >= _SMALLEST_NORM
     return error[counted] / norm[counted], int((~counted).sum())
+
+
+def _norm(parts: list[Tensor], axes: int) -> Tensor:
+    """√Σ‖part‖² of every trial."""
+    shape = parts[0].shape
+    trials = math.prod(shape[: len(shape) - axes]) if parts[0].numel() else 0
+    rows = torch.cat([part.reshape((trials, -1) if trials else (0, 1)) for part in parts], dim=1)
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=-1)
+    return norm
+
+
+def _differences(periodic: bool) -> _Parts:
+    """The field and its derivative along each axis."""
+
+    def parts(x: Tensor, axes: int) -> list[Tensor]:
+        grid = x.shape[x.ndim - axes :]
+        if min(grid) < 3:
+            raise ValueError(
+                f"fields of {tuple(grid)} points: differences need 3 points or more along each axis."
+            )
+        found = [x]
+        for axis in range(-axes, 0):
+            n = x.shape[axis]
+            if periodic:
+                found.append((x.roll(-1, axis) - x.roll(1, axis)) * (n / 2))
+            else:
+                found += torch.gradient(x, spacing=1 / n, dim=axis, edge_order=2)
+        return found
+
+    return parts
 
 
 def _wide(x: Tensor) -> torch.dtype:

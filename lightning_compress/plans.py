@@ -27,6 +27,8 @@ _DTYPES = {
         torch.int64,
         torch.float32,
         torch.float64,
+        torch.complex64,
+        torch.complex128,
     )
 }
 

@@ -9,7 +9,7 @@ shared by several layers is found once.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NamedTuple
@@ -230,7 +230,10 @@ def _kinds(module: nn.Module) -> list[_Kind]:
 
 
 def _inner_axes(holder: nn.Module, param: str, axes: Axes) -> Axes:
-    """Axes of one parameter of a factorized weight: the layer's own when dense, else rows by size, ranks as columns."""
+    """Axes of one parameter of a factorized weight: those it names, the layer's own if dense, else rows and ranks."""
+    own: Mapping[str, Axes] = getattr(holder, "axes", {})
+    if param in own:
+        return own[param]
     tensor = parameter(holder, param)
     if tuple(tensor.shape) == tuple(getattr(holder, "shape", ())):
         return axes
@@ -370,6 +373,25 @@ def locate(model: nn.Module, layer: str, param: str) -> tuple[nn.Module, nn.Para
     raise ValueError(
         f"{type(model).__name__} has no weight {layer}.{param}: is it the architecture that was compressed?"
     )
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put other modules in the place of some, under every name that they have.
+
+    Args:
+        model: any module, changed in place; it cannot be replaced itself.
+        replacements: old module -> new module.
+
+    Examples:
+        >>> net = nn.Sequential(nn.ReLU(), nn.Linear(2, 2))
+        >>> replace_modules(net, {net[0]: nn.Identity()})
+        >>> net[0]
+        Identity()
+    """
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in replacements:
+                parent._modules[name] = replacements[child]
 
 
 def find(model: nn.Module, include: Patterns = "*", exclude: Patterns = ()) -> list[Target]:

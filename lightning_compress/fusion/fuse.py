@@ -34,7 +34,7 @@ from lightning_compress.names import clean, matches
 from lightning_compress.plans import Plan
 from lightning_compress.stats import Calibration
 from lightning_compress.stats.running import observing
-from lightning_compress.targets import plain_class, survey
+from lightning_compress.targets import plain_class, replace_modules, survey
 from lightning_compress.transform import Transform, applied
 
 _TOLERANCE = 1e-5  # of the largest output, in float32
@@ -136,14 +136,11 @@ class FuseBatchNorm(Transform):
                     f"the plan folds {name} into {pair['layer']}, which in this model are {norm} and {layer}: "
                     "apply it to the architecture it was made for."
                 )
+        identities: dict[nn.Module, nn.Module] = {}
         for name, pair in plan.layers.items():
             fold_into(modules[pair["layer"]], modules[name], pair["place"], pair["eps"])
-            identity = nn.Identity()
-            identity.training = modules[name].training
-            for parent in list(model.modules()):
-                for child, module in parent._modules.items():
-                    if module is modules[name]:
-                        parent._modules[child] = identity
+            identities[modules[name]] = nn.Identity().train(modules[name].training)
+        replace_modules(model, identities)
 
     def _failing(self, model: nn.Module, pairs: _Pairs, x: Any, before: Any) -> dict[str, str]:
         """BatchNorm name -> why its pair is undone: all pairs are tried at once, and singly if that fails."""

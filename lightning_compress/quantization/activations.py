@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lightning_compress.connections import follow
 from lightning_compress.functional.affine import choose_qparams, integer_range
 from lightning_compress.functional.calibrators import calibrate
-from lightning_compress.quantization.rounding import has_gram
 from lightning_compress.stats import Stats
+from lightning_compress.stats.matrices import has_gram
 from lightning_compress.targets import Target
 
 SYMMETRIC_ONLY = ("sawb",)

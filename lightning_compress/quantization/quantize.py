@@ -21,6 +21,7 @@ from lightning_compress.quantization.grids import Format, Grid, format_of
 from lightning_compress.quantization.quantizers import InputQuantizer
 from lightning_compress.quantization.writing import carry_out, other_changes
 from lightning_compress.stats import Calibration, Stats
+from lightning_compress.stats.matrices import bias_of, collected, corrected, has_gram
 from lightning_compress.tables import reasons
 from lightning_compress.targets import Target, survey
 from lightning_compress.transform import Transform
@@ -264,10 +265,10 @@ class Quantize(Transform):
         """What the chosen options need to know of the layers' inputs."""
         wanted: dict[str, list[str]] = {t.key: [] for t in targets}
         for t in targets:
-            matrix = rounding.has_gram(t)
+            matrix = has_gram(t)
             if self.rounding == "compensated" and matrix:
                 wanted[t.key].append("gram")
-            if self.bias_correction and matrix and rounding.bias_of(t) is not None:
+            if self.bias_correction and matrix and bias_of(t) is not None:
                 wanted[t.key].append("input_mean")
             if self.activation_bits is not None and self.mode == "static" and activations.refusal(t) is None:
                 wanted[t.key] += ["input_range", "histogram"]
@@ -279,7 +280,7 @@ class Quantize(Transform):
                 "static activations, compensated rounding and bias correction look at inputs: give compress() data= "
                 "or example_input=, or use mode='dynamic', rounding='nearest'."
             )
-        return rounding.collected(model, targets, inputs, wanted), inputs.describe(model)
+        return collected(model, targets, inputs, wanted), inputs.describe(model)
 
     def _weight(self, target: Target, bits: int, seen: Stats | None) -> dict[str, Any]:
         """Integers, scales and bias of one target."""
@@ -297,10 +298,10 @@ class Quantize(Transform):
             "config": code.config(),
             "arrays": arrays,
         }
-        bias = rounding.bias_of(target)
+        bias = bias_of(target)
         if self.bias_correction and seen is not None and seen.input_mean is not None and bias is not None:
             error = weight.cpu().double() - code.rebuild(arrays, weight.dtype).double()
-            decided["bias"] = rounding.corrected(target, bias, error, seen.input_mean)
+            decided["bias"] = corrected(target, bias, error, seen.input_mean)
         return decided
 
     def _activations(
