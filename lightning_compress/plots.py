@@ -144,6 +144,8 @@ def trade_off(
         for (name, values), marker in zip(curves.items(), itertools.cycle("os^Dv")):
             ax.plot(strengths, values, marker=marker, label=name)
         ax.set_title(title, fontsize=_SMALL + 1)
+        if all(value >= 0 for values in curves.values() for value in values):
+            ax.set_ylim(bottom=0)  # so that heights compare
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=_SMALL)

@@ -30,7 +30,9 @@ class Stats:
             ``sum(weight * input_mean)`` per output channel is the mean output without bias. float32;
             complex64 where the inputs are complex.
         gram: ``X^T X`` of the same unfolded inputs, [D, D] with D = in x kernel size in the order of the
-            weight, [groups, D, D] if grouped. float64.
+            weight, [groups, D, D] if grouped. float64. Spectral: ``sum x_m x_m^H`` over samples of the Fourier
+            coefficients x_m of every stored mode m, [*modes, in, in], zeros where no input reached a mode;
+            complex128.
         input_range: smallest and largest entry of the layer's input.
         output_range: the same of its output.
         histogram: counts of the input's entries (real and imaginary parts of complex ones) in 2 x 2048 equal
@@ -262,10 +264,6 @@ class _Tracker:
         )
 
     def _spectral(self, layer: Any, x: Tensor) -> None:
-        if "gram" in self.wanted:
-            raise ValueError(
-                f"{self.target.key}: only linear layers and convolutions have a Gram matrix; exclude it."
-            )
         weight, axes = self.target.weight, self.target.axes
         stored = weight.shape[1:] if axes.in_ is None else weight.shape[2:]
         real = not layer.complex_data
@@ -274,6 +272,11 @@ class _Tracker:
         moments = inside.new_zeros(3, x.shape[1], *stored)
         moments[(slice(None), slice(None), *kept)] = inside
         self._add(moments if axes.in_ is None else moments.unsqueeze(2), len(x))
+        if "gram" in self.wanted:
+            rows = used.movedim(1, -1).movedim(0, -1).to(torch.complex128)  # [*kept, C, N]
+            gram = rows.new_zeros(*stored, x.shape[1], x.shape[1])
+            gram[kept] = rows @ rows.mH
+            self._add_gram(gram)
 
     def _add(self, moments: Tensor, rows: int) -> None:
         self.moments = moments if self.moments is None else self.moments + moments

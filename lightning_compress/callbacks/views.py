@@ -1,0 +1,150 @@
+"""Which matrices of a model are penalized: pairs of factors, and weights under the scheme that Factorize takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from lightning_compress.callbacks.copies import part_of
+from lightning_compress.callbacks.matrices import PairView, View, WeightView
+from lightning_compress.finalize import finalize
+from lightning_compress.lowrank.all_schemes import maker, schemes
+from lightning_compress.lowrank.factorize import Factorize
+from lightning_compress.lowrank.factors import Factors
+from lightning_compress.lowrank.matrices import MatrixScheme
+from lightning_compress.lowrank.schemes import Scheme
+from lightning_compress.names import clean, lookup, matches
+from lightning_compress.spectral import is_factorized, is_spectral
+from lightning_compress.targets import Patterns, Target, survey
+
+
+class SchemeChooser:
+    """Picks the scheme of each weight, and remembers it: another choice after a resume would be another penalty.
+
+    Args:
+        matrix: name of a scheme, or a mapping from name pattern to name; "auto" and layers that have no such scheme
+            take what ``Factorize`` takes.
+        factorize: what will be carried out in the end, if known.
+        attribute: the submodule it is for.
+        chosen: parameter name -> name of the scheme, from earlier.
+
+    Attributes:
+        chosen: the same with the new choices; "" for weights that have no scheme.
+    """
+
+    def __init__(
+        self,
+        matrix: str | Mapping[str, str],
+        factorize: Factorize | None,
+        attribute: str | None,
+        chosen: Mapping[str, str],
+    ) -> None:
+        self.matrix, self.factorize, self.attribute = matrix, factorize, attribute
+        self.chosen = dict(chosen)
+
+    def choose(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, Scheme | None]:
+        """The scheme of every target.
+
+        Args:
+            model: the LightningModule.
+            targets: its weights.
+
+        Returns:
+            Parameter name -> scheme; None where none fits.
+        """
+        fit = {t.key: {s.name: s for s in schemes() if s.fits(t) is None} for t in targets}
+        undecided = []
+        for t in targets:
+            asked = (
+                self.matrix if isinstance(self.matrix, str) else lookup(self.matrix, t.name, t.key) or "auto"
+            )
+            automatic = [name for name, s in fit[t.key].items() if s.automatic]
+            if asked in fit[t.key]:
+                self.chosen[t.key] = asked
+            elif self.chosen.get(t.key) not in fit[t.key]:
+                self.chosen[t.key] = automatic[0] if automatic else ""
+                undecided += [t.key] if len(automatic) > 1 else []
+        if undecided:
+            preferred = self._preferred(model, undecided)
+            self.chosen |= {key: preferred[key] for key in undecided if key in preferred}
+        return {t.key: fit[t.key].get(self.chosen[t.key]) for t in targets}
+
+    def _preferred(self, model: nn.Module, keys: list[str]) -> dict[str, str]:
+        """What Factorize takes now; inputs, which are not there yet, are left out."""
+        part, prefix = finalize(model), ""
+        chooser = Factorize(include=keys, force=True)
+        if self.factorize is not None:
+            chooser = dataclasses.replace(self.factorize, activation_aware=False, budget=None, force=True)
+            part = part_of(part, self.attribute, "LowRankRegularization")
+            prefix = f"{self.attribute}." if self.attribute else ""
+        return {prefix + key: str(decided["scheme"]) for key, decided in chooser.plan(part).layers.items()}
+
+
+def find_views(
+    model: nn.Module, include: Patterns, exclude: Patterns, pairs_only: bool, chooser: SchemeChooser
+) -> tuple[list[View], dict[str, str]]:
+    """Every matrix of a model.
+
+    Args:
+        model: the LightningModule.
+        include: patterns of layer names to take.
+        exclude: patterns of layer names to leave.
+        pairs_only: leave weights that are no factors.
+        chooser: of their schemes.
+
+    Returns:
+        The views, weights first, and parameter name -> why it has none.
+    """
+    found = survey(model, include, exclude)
+    skipped = dict(found.skipped)
+    pairs = _pairs(model, include, exclude)
+    parts = {key for pair in pairs for key in pair.parts}
+    targets = []
+    for t in found.targets:
+        why = _refusal(t, pairs_only)
+        if t.key not in parts and why:
+            skipped[t.key] = why
+        elif t.key not in parts:
+            targets.append(t)
+    taken = chooser.choose(model, targets)
+    layers = [t.name for t in targets]
+    views: list[View] = []
+    for t in targets:
+        name = t.name if t.name and layers.count(t.name) == 1 else t.key
+        views.append(WeightView(name, t, functools.partial(_matrices, t, taken[t.key])))
+    return [*views, *pairs], {key: why for key, why in skipped.items() if key not in parts}
+
+
+def _pairs(model: nn.Module, include: Patterns, exclude: Patterns) -> list[View]:
+    """Layers that Factorize has made of two."""
+    wanted, unwanted = ((p,) if isinstance(p, str) else p for p in (include, exclude))
+    found: list[View] = []
+    for raw, layer in model.named_modules():
+        name, scheme = clean(raw), maker(layer)
+        if isinstance(layer, Factors) and isinstance(scheme, MatrixScheme):
+            names = (name, f"{name}.first", f"{name}.second")
+            if any(matches(p, *names) for p in wanted) and not any(matches(p, *names) for p in unwanted):
+                found.append(PairView(name, layer, scheme))
+    return found
+
+
+def _refusal(target: Target, pairs_only: bool) -> str:
+    if pairs_only:
+        return "it is no pair of factors: factorize first"
+    if target.axes.in_ is None:
+        return "each output has one input channel: there is no matrix whose rank could fall"
+    if is_spectral(target.module) and is_factorized(target.module):
+        return "it is a factor of a tensor, whose ranks are set already"
+    return ""
+
+
+def _matrices(target: Target, scheme: Scheme | None, weight: Tensor) -> Tensor:
+    """[g, m, n] under a scheme; [first axis, others] where the scheme has no matrix."""
+    if isinstance(scheme, MatrixScheme):
+        return scheme.matrices(target.module, weight)
+    if isinstance(target.module, nn.MultiheadAttention) and target.param == "in_proj_weight":
+        return weight.reshape(3, -1, weight.shape[1])  # query, key and value
+    return weight.flatten(1)[None]

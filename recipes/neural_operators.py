@@ -1,0 +1,684 @@
+"""Train, compress and judge neural operators (FNO, TFNO, UNO, CODANO) at several resolutions.
+
+    python recipes/neural_operators.py train --model fno --data darcy_16_32.npz --epochs 40
+    python recipes/neural_operators.py prune --model fno --sparsity 0.5 --finetune-epochs 10
+    python recipes/neural_operators.py factorize --model codano --rank-ratio 0.1
+    python recipes/neural_operators.py quantize --model fno --checkpoint fno.pt --precision int8 --mode static
+    python recipes/neural_operators.py sweep prune --checkpoint fno.pt --data darcy_16_32.npz --sparsity 0.1 0.3 0.5
+
+The verbs are download, train, evaluate, prune, factorize, drop-layers, truncate, quantize and sweep; ``VERB --help``
+lists the options of one. Without ``--data`` Darcy flow is generated (once; needs SciPy), without ``--checkpoint`` a
+small operator is trained first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
+
+import lightning_compress as lc
+from lightning_compress import plots
+from lightning_compress.benchmark.evaluate import Evaluation, evaluate
+from lightning_compress.checkpoints import load_weights
+from lightning_compress.functional.darcy import darcy
+from lightning_compress.metrics import RelativeH1Error, RelativeL2Error
+from lightning_compress.quantization import parameter_groups
+from lightning_compress.spectral import spectral_layers
+from lightning_compress.tables import text
+
+# -- data ----------------------------------------------------------------------------------------------------
+
+Pairs = tuple[Tensor, Tensor]  # inputs and outputs, [N, 1, H, W] each
+
+
+class Fields(NamedTuple):
+    """Pairs to train on at one resolution, and to test on at several; outputs in physical units."""
+
+    train: Pairs
+    test: dict[int, Pairs]
+
+    @property
+    def mean(self) -> float:
+        return float(self.train[1].mean())
+
+    @property
+    def std(self) -> float:
+        return float(self.train[1].std())
+
+    def loaders(self, batch_size: int = 25) -> dict[str, DataLoader]:
+        return {str(size): DataLoader(TensorDataset(*pairs), batch_size) for size, pairs in self.test.items()}
+
+
+def read(options: argparse.Namespace) -> Fields:
+    """What ``--data`` names: a pack, a folder of neuraloperator's Darcy files, or "generate"."""
+    if options.data == "generate":
+        stored = packed(generated(options))
+    elif Path(options.data).is_dir():
+        stored = downloaded(options)
+    elif Path(options.data).is_file():
+        stored = packed(Path(options.data))
+    else:
+        raise SystemExit(
+            f"--data {options.data}: no such file or folder. Give an .npz pack, a folder that the verb download "
+            "filled, or --data generate."
+        )
+    sizes = sorted(stored["test"])
+    if options.resolutions:
+        sizes = sorted(options.resolutions)
+    elif len(sizes) == 1 and sizes[0] % 4 == 0:
+        sizes = [sizes[0] // 4, sizes[0] // 2, sizes[0]]
+    able = [size for size in sizes if any(s % size == 0 for s in stored["train"])]
+    train = options.train_resolution or min(able or stored["train"])
+    return Fields(
+        at(stored["train"], train, options.train_size),
+        {size: at(stored["test"], size, options.test_size) for size in sizes},
+    )
+
+
+def at(stored: dict[int, tuple[np.ndarray, np.ndarray]], size: int, limit: int | None) -> Pairs:
+    """The first pairs at a resolution: stored, or every so many points of the finest that allows it."""
+    source = size if size in stored else max((s for s in stored if s % size == 0), default=None)
+    if source is None:
+        raise SystemExit(
+            f"no fields at resolution {size}: the data has {sorted(stored)}; give one of these or a divisor."
+        )
+    every = slice(None, None, source // size)
+    x, y = (
+        torch.from_numpy(np.ascontiguousarray(v[:limit, every, every], np.float32))[:, None]
+        for v in stored[source]
+    )
+    return x, y
+
+
+def packed(path: Path) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
+    """An .npz with ``x_train_16``, ``y_train_16``, ``x_test_16``, ... [N, 16, 16], or ``x_train``, ... of one size."""
+    stored: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {"train": {}, "test": {}}
+    with np.load(path) as pack:
+        for key in pack:
+            found = re.fullmatch(r"x_(train|test)((?:_\d+)?)", key)
+            if found:
+                x, y = pack[key], pack["y" + key[1:]]
+                stored[found[1]][x.shape[-1]] = x, y
+    if not (stored["train"] and stored["test"]):
+        raise SystemExit(f"{path} holds no x_train..., y_train..., x_test..., y_test... of fields [N, H, W].")
+    return stored
+
+
+def generated(options: argparse.Namespace) -> Path:
+    """Darcy flow from the library's own solver, as a pack in ``--root``; made once."""
+    size, seed = max(options.resolutions or (32,)), options.seed
+    counts = {"train": options.train_size or 200, "test": options.test_size or 50}
+    path = options.root / f"darcy_{counts['train']}_{counts['test']}_{size}_seed{seed}.npz"
+    if not path.exists():
+        options.root.mkdir(parents=True, exist_ok=True)
+        generator = torch.Generator().manual_seed(seed)
+        pack = {}
+        for part, count in counts.items():
+            bar = tqdm(range(count), desc=f"Darcy flow {size} x {size}, {part}", delay=2)
+            a, u = (
+                torch.cat(v) for v in zip(*(darcy(1, size, generator=generator) for _ in bar), strict=True)
+            )
+            pack |= {f"x_{part}_{size}": (a == a.max()).numpy(), f"y_{part}_{size}": u.numpy()}
+        if (
+            size % 2 == 0 and not options.resolutions
+        ):  # half of the default size is stored for its name's sake
+            pack |= {key.replace(str(size), str(size // 2)): v[:, ::2, ::2] for key, v in pack.items()}
+        np.savez_compressed(path, **pack)
+    return path
+
+
+def downloaded(options: argparse.Namespace) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
+    """The files of the verb ``download``, through neuraloperator's own loader."""
+    from neuralop.data.datasets import DarcyDataset
+
+    folder = Path(options.data)
+    sizes = sorted(int(f.stem.rpartition("_")[2]) for f in folder.glob("darcy_test_*.pt"))
+    stored: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {"train": {}, "test": {}}
+    for size in sizes:
+        everything = {"n_train": options.train_size or 1000, "n_tests": [options.test_size or 100]}
+        resolution = {"train_resolution": size, "test_resolutions": [size]}
+        batches = {"batch_size": 1, "test_batch_sizes": [1]}
+        data = DarcyDataset(
+            folder, **everything, **resolution, **batches, encode_output=False, download=False
+        )
+        for part, pairs in (("train", data.train_db), ("test", data.test_dbs[size])):
+            stored[part][size] = pairs.x[:, 0].numpy(), pairs.y[:, 0].numpy()
+    if not sizes:
+        raise SystemExit(f"{folder} holds no darcy_test_*.pt: run the verb download with --root {folder}.")
+    return stored
+
+
+def download(options: argparse.Namespace) -> None:
+    """Fetch neuraloperator's Darcy files into ``--root`` and look whether they are whole."""
+    from neuralop.data.datasets import DarcyDataset
+
+    sizes = sorted(options.resolutions or (16, 32, 64, 128))
+    try:
+        DarcyDataset(options.root, 1, [1] * len(sizes), 1, [1] * len(sizes), sizes[0], sizes)
+    except (OSError, AssertionError, RuntimeError) as error:  # requests' errors are OSErrors
+        raise SystemExit(
+            f"neuraloperator could not fetch its Darcy files ({type(error).__name__}: {error}). Without a network use "
+            "--data FILE (an .npz pack) or --data generate."
+        ) from error
+    rows = []
+    for size in sizes:
+        for part in ("train", "test"):
+            file = options.root / f"darcy_{part}_{size}.pt"
+            fields = torch.load(file, weights_only=True)
+            x, y = fields["x"], fields["y"]
+            if not x.shape == y.shape == (len(x), size, size) or not bool(y.isfinite().all()):
+                raise SystemExit(
+                    f"{file} holds x {tuple(x.shape)} and y {tuple(y.shape)}: delete it, try again."
+                )
+            rows.append([file.name, len(x), size, file.stat().st_size])
+    print(text(["file", "pairs", "size", "bytes"], rows))
+    print(f"Use them with --data {options.root}")
+
+
+# -- models --------------------------------------------------------------------------------------------------
+
+
+def build(config: dict[str, Any]) -> nn.Module:
+    """A fresh operator; the constructors of UNO and CODANO print, which is kept off the screen."""
+    from neuralop import models
+
+    width, modes, layers = config["width"], tuple(config["n_modes"]), config["layers"]
+    ports = {"in_channels": 1, "out_channels": 1, "hidden_channels": width, "n_layers": layers}
+    with contextlib.redirect_stdout(io.StringIO()):
+        if config["model"] == "fno":
+            return models.FNO(n_modes=modes, **ports, projection_channel_ratio=2)
+        if config["model"] == "tfno":
+            rank = config["rank"]
+            return models.TFNO(n_modes=modes, **ports, projection_channel_ratio=2, rank=rank)
+        if config["model"] == "uno":
+            # One level down and up again; the mixing skip must follow the size, which soft gating cannot.
+            inner = [1.0] * (layers - 4)
+            scalings = [[s] * len(modes) for s in (1.0, 0.5, *inner, 2.0, 1.0)]
+            return models.UNO(
+                **ports,
+                lifting_channels=2 * width,
+                projection_channels=2 * width,
+                uno_out_channels=[width] * layers,
+                uno_n_modes=[list(modes)] * layers,
+                uno_scalings=scalings,
+                channel_mlp_skip="linear",
+            )
+        return models.CODANO(
+            output_variable_codimension=1,
+            hidden_variable_codimension=width,
+            lifting_channels=2 * width,
+            projection_channels=2 * width,
+            n_layers=layers,
+            n_modes=[list(modes)] * layers,
+            n_heads=[2] * layers,
+            per_layer_scaling_factors=[[1] * len(modes)] * layers,
+            attention_scaling_factors=[1] * layers,
+            attention_token_dim=width,
+            per_channel_attention=False,
+        )
+
+
+class LitOperator(LightningModule):
+    """An operator that is trained on normalized outputs with the relative L2 error; AdamW, cosine learning rate.
+
+    Args:
+        net: the operator.
+        fields: what it is trained and validated on.
+        options: lr, weight_decay, batch_size.
+    """
+
+    def __init__(self, net: nn.Module, fields: Fields, options: argparse.Namespace) -> None:
+        super().__init__()
+        self.net, self.fields, self.options = net, fields, options
+        self.mean, self.std = fields.mean, fields.std
+        self.example_input_array = fields.train[0][:1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
+        loss = relative_l2(self(batch[0]), (batch[1] - self.mean) / self.std)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Pairs, batch_idx: int, dataloader_idx: int = 0) -> None:
+        error = relative_l2(self(batch[0]) * self.std + self.mean, batch[1])
+        name = f"val_l2_{list(self.fields.test)[dataloader_idx]}"
+        self.log(name, error, prog_bar=True, add_dataloader_idx=False, batch_size=len(batch[0]))
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(*self.fields.train), self.options.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        return list(self.fields.loaders().values())
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        steps, others = parameter_groups(self)  # learned quantization steps should not decay
+        groups = [{"params": others}, {"params": steps, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=self.options.lr, weight_decay=self.options.weight_decay
+        )
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, self.trainer.estimated_stepping_batches, eta_min=1e-6
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
+
+
+def relative_l2(prediction: Tensor, y: Tensor) -> Tensor:
+    error, size = ((v.flatten(1)).norm(dim=1) for v in (prediction - y, y))
+    return (error / size).mean()
+
+
+def fit(lit: LitOperator, epochs: int, name: str, callbacks: Sequence[Callback] = ()) -> None:
+    out = lit.options.output_dir
+    monitor = lc.CompressionMonitor(every_n_epochs=max(1, epochs // 4))
+    Trainer(
+        max_epochs=epochs,
+        callbacks=[*callbacks, monitor],
+        logger=[CSVLogger(out, name=f"{name}_csv"), TensorBoardLogger(out, name=f"{name}_tensorboard")],
+        enable_checkpointing=False,
+        log_every_n_steps=10,
+        default_root_dir=out,
+        accelerator=lit.options.accelerator,
+    ).fit(lit)
+    lit.cpu()
+
+
+# -- trained operators ---------------------------------------------------------------------------------------
+
+
+class Trained(NamedTuple):
+    """An operator, what it was built from, and how its outputs become physical: ``std * output + mean``."""
+
+    net: nn.Module
+    config: dict[str, Any]
+    mean: float
+    std: float
+
+    def physical(self, y: Tensor) -> Tensor:
+        return y * self.std + self.mean
+
+
+def trained(options: argparse.Namespace, fields: Fields) -> Trained:
+    """The checkpoint, or an operator trained now.
+
+    A JSON file beside the checkpoint (``train`` and the other verbs write one) says how to build the operator and how
+    its outputs were normalized; without one, the options and the training data do.
+    """
+    if not options.checkpoint:
+        return train(options, fields)
+    described = options.checkpoint.with_suffix(".json")
+    known = json.loads(described.read_text()) if described.is_file() else {}
+    config = known.get("config", configuration(options))
+    net = load_weights(build(config), options.checkpoint).eval()
+    return Trained(net, config, known.get("mean", fields.mean), known.get("std", fields.std))
+
+
+def configuration(options: argparse.Namespace) -> dict[str, Any]:
+    config = {"model": options.model, "width": options.width or WIDTHS[options.model]}
+    return config | {"n_modes": options.n_modes, "layers": options.layers, "rank": options.rank}
+
+
+WIDTHS = {"fno": 24, "tfno": 24, "uno": 16, "codano": 16}
+
+
+def train(options: argparse.Namespace, fields: Fields) -> Trained:
+    config = configuration(options)
+    seed_everything(options.seed, workers=True, verbose=False)
+    lit = LitOperator(build(config), fields, options)
+    fit(lit, options.epochs, options.model)
+    result = Trained(lit.net.eval(), config, lit.mean, lit.std)
+    file = options.output_dir / f"{options.model}.pt"
+    tensors = {k: v for k, v in result.net.state_dict().items() if isinstance(v, Tensor)}
+    torch.save(tensors, file)
+    write(file, result, options, evaluated(result.net, result, fields))
+    return result
+
+
+def evaluated(
+    net: nn.Module, original: Trained, fields: Fields, baseline: nn.Module | None = None
+) -> Evaluation:
+    """Errors in physical units at all resolutions; timed with one thread, where other work disturbs least."""
+    metrics = {"L2": RelativeL2Error(dims=2), "H1": RelativeH1Error(dims=2)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return evaluate(
+            net, fields.loaders(), metrics, baseline=baseline, postprocess=original.physical, runs=10
+        )
+    finally:
+        torch.set_num_threads(threads)
+
+
+def write(file: Path, original: Trained, options: argparse.Namespace, result: Evaluation) -> None:
+    """The JSON beside a checkpoint or archive: how to read it, how it was made, how good it is."""
+    asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if not callable(v)}
+    known = {"config": original.config, "mean": original.mean, "std": original.std, "options": asked}
+    file.with_suffix(".json").write_text(json.dumps(known | {"evaluation": result.to_json()}, indent=2))
+
+
+# -- methods -------------------------------------------------------------------------------------------------
+
+
+def which(options: argparse.Namespace, names: Sequence[str], prefix: str = "") -> dict[str, list[str]]:
+    """Patterns of ``--include``, or these, and of ``--exclude``; with the prefix of a LightningModule's operator."""
+    patterns = {"include": options.include or names, "exclude": options.exclude}
+    return {key: [prefix + p for p in given] for key, given in patterns.items()}
+
+
+def prune(options: argparse.Namespace, net: nn.Module, prefix: str = "") -> list[lc.Transform]:
+    where = which(options, list(spectral_layers(net)), prefix)
+    return [lc.Prune(options.sparsity, criterion=options.criterion, scope=options.scope, **where)]
+
+
+def factorize(options: argparse.Namespace, net: nn.Module) -> list[lc.Transform]:
+    names = ("rank_ratio", "energy_ratio", "params_ratio")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    where = which(options, list(spectral_layers(net)))
+    return [lc.Factorize(**given or {"rank_ratio": 0.5}, scheme=options.scheme, **where)]
+
+
+def drop_layers(options: argparse.Namespace, net: nn.Module) -> list[lc.Transform]:
+    how = {"ratio": options.ratio} if options.count is None else {"count": options.count}
+    return [lc.DropLayers(unit=options.unit, **how, criterion=options.criterion, **which(options, ["*"]))]
+
+
+def truncate(options: argparse.Namespace, net: nn.Module) -> list[lc.Transform]:
+    how: dict[str, Any] = {"keep_ratio": options.keep_ratio or 0.5}
+    if options.modes:
+        how = {"modes": tuple(options.modes)}
+    elif options.energy_ratio:
+        how = {"energy_ratio": options.energy_ratio}
+    return [lc.TruncateModes(**how, **which(options, ["*"]))]
+
+
+def quantize(options: argparse.Namespace, net: nn.Module, prefix: str = "") -> list[lc.Transform]:
+    """Floats, and ``--mode weight``, round weights only; activations never get fewer than 8 bits."""
+    where = which(options, ["*"], prefix)
+    if options.precision == "fp32":
+        return []
+    if not options.precision.startswith("int"):
+        return [lc.Quantize(format=options.precision, **where)]
+    bits = int(options.precision.removeprefix("int"))
+    activations: dict[str, Any] = {}
+    if options.mode != "weight":
+        activations = {"activation_bits": max(bits, 8), "mode": options.mode}
+        activations |= {"activation_calibrator": options.activation_calibrator}
+    weights = {"granularity": options.granularity, "calibrator": options.calibrator}
+    return [lc.Quantize(bits, **weights, **activations, **where)]
+
+
+class Verb(NamedTuple):
+    """A method: its transforms, and the option that says how strong it is."""
+
+    transforms: Callable[..., list[lc.Transform]]
+    strength: str
+
+
+VERBS = {
+    "prune": Verb(prune, "sparsity"),
+    "factorize": Verb(factorize, "rank_ratio"),
+    "drop-layers": Verb(drop_layers, "ratio"),
+    "truncate": Verb(truncate, "keep_ratio"),
+    "quantize": Verb(quantize, "precision"),
+}
+
+
+def compressed(options: argparse.Namespace, original: Trained, fields: Fields) -> Any:
+    """Post-training, with calibration inputs from the training fields or (``--data-free``) like one of them."""
+    todo = VERBS[options.method].transforms(options, original.net)
+    if options.partial_fourier:
+        todo = [*todo, lc.PartialFourier()]
+    x = fields.train[0]
+    return lc.compress(original.net, todo, example_input=x[:1], data=None if options.data_free else x[:256])
+
+
+def finetuned(options: argparse.Namespace, original: Trained, small: nn.Module, fields: Fields) -> nn.Module:
+    """Train on. Masks and grids come along a schedule, from the original; other methods train what they left."""
+    net, callbacks = small, []
+    if options.method in ("prune", "quantize"):
+        net = build(original.config)
+        net.load_state_dict(original.net.state_dict())
+        for asked in VERBS[options.method].transforms(options, net, "net."):
+            if options.method == "prune":
+                callbacks = [lc.ScheduledPruning(asked, begin=0.0, end=0.5, every=5)]
+            else:
+                callbacks = [lc.QuantizationAwareTraining(transform=asked, method="lsq")]
+    again = argparse.Namespace(**vars(options) | {"lr": options.finetune_lr})
+    seed_everything(options.seed, workers=True, verbose=False)
+    lit = LitOperator(net.train(), fields, again)
+    fit(lit, options.finetune_epochs, options.method, callbacks)
+    return lc.finalize(lit).net
+
+
+def run(options: argparse.Namespace) -> None:
+    """Compress once, and show the original, the compressed and the fine-tuned operator."""
+    fields = read(options)
+    original = trained(options, fields)
+    result = compressed(options, original, fields)
+    print(result.coverage)
+    keep(result.model, options.method, original, options, fields)
+    if options.finetune_epochs:
+        better = finetuned(options, original, result.model, fields)
+        keep(better, f"{options.method}_finetuned", original, options, fields)
+
+
+def keep(
+    net: nn.Module, name: str, original: Trained, options: argparse.Namespace, fields: Fields
+) -> Evaluation:
+    """Judge against the original, print, write the archive and its description."""
+    result = evaluated(net, original, fields, original.net)
+    file = options.output_dir / f"{original.config['model']}_{name.replace('-', '_')}.lcz"
+    lc.save(net, file)
+    write(file, original, options, result)
+    print(f"\n{name}: {file}\n{result}")
+    return result
+
+
+def sweep(options: argparse.Namespace) -> None:
+    """One method at several strengths: a table and a figure of what is lost and what is saved."""
+    fields = read(options)
+    original = trained(options, fields)
+    key = VERBS[options.method].strength
+    strengths = getattr(options, key)
+    results = []
+    for strength in strengths:
+        once = argparse.Namespace(**vars(options) | {key: strength})
+        net = compressed(once, original, fields).model
+        name = f"{options.method}_{strength}"
+        results.append(keep(net, name, original, once, fields))
+        if options.finetune_epochs:
+            keep(finetuned(once, original, net, fields), f"{name}_finetuned", original, once, fields)
+    sizes = list(fields.loaders())
+    header = [key, *(f"{m} % at {s}" for s in sizes for m in ("L2", "H1")), "file_bytes", "macs"]
+    table = [
+        [
+            s,
+            *(100 * r[n].errors[m] for n in sizes for m in ("L2", "H1")),
+            r[sizes[0]].file_bytes,
+            r[sizes[0]].macs,
+        ]
+        for s, r in zip(strengths, results, strict=True)
+    ]
+    base = [results[0][n].baseline for n in sizes]
+    errors = [100 * row.errors[m] for row in base for m in ("L2", "H1")]
+    print("\n" + text(header, [["original", *errors, base[0].file_bytes, base[0].macs], *table]))
+    print(f"\nfigure: {figure(options, key, strengths, results, sizes)}")
+
+
+def figure(
+    options: argparse.Namespace, key: str, strengths: list[Any], results: list[Evaluation], sizes: list[str]
+) -> Path:
+    """Two by two panels over the strength, a curve for each resolution."""
+    quantities = {
+        "change of relative L2 error, %": lambda row: 100 * row.change("L2"),
+        "file_bytes": lambda row: row.file_bytes,
+        "peak_memory_bytes": lambda row: row.peak_memory_bytes,
+        "MACs per sample": lambda row: row.macs,
+    }
+    panels = {
+        title: {f"{n} x {n}": [of(result[n]) for result in results] for n in sizes}
+        for title, of in quantities.items()
+    }
+    axes = plots.trade_off(strengths, panels, key)
+    path = options.output_dir / f"sweep_{options.method.replace('-', '_')}.png"
+    axes[0].figure.savefig(path, dpi=150)
+    return path
+
+
+def evaluate_verb(options: argparse.Namespace) -> None:
+    fields = read(options)
+    found = trained(options, fields)
+    base = None
+    if options.baseline:
+        base = trained(argparse.Namespace(**vars(options) | {"checkpoint": options.baseline}), fields).net
+    result = evaluated(found.net, found, fields, base)
+    print(result)
+    write(options.output_dir / f"{found.config['model']}_evaluated", found, options, result)
+
+
+def train_verb(options: argparse.Namespace) -> None:
+    fields = read(options)
+    result = train(options, fields)
+    print(evaluated(result.net, result, fields))
+
+
+# -- command line --------------------------------------------------------------------------------------------
+
+
+class Spelled(argparse.ArgumentParser):
+    """Options may be written with underscores too."""
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        both = dict.fromkeys(s for n in names for s in (n, n[:2] + n[2:].replace("-", "_")))
+        return super().add_argument(*(both if names[0].startswith("-") else names), **options)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = Spelled(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = top.add_subparsers(dest="verb", required=True)
+    simple = {"download": download, "train": train_verb, "evaluate": evaluate_verb}
+    for name, do in simple.items():
+        verb = verbs.add_parser(name, help=do.__doc__)
+        common(verb)
+        verb.set_defaults(do=do)
+        if name == "evaluate":
+            verb.add_argument("--baseline", type=Path, help="another checkpoint, to compare with")
+    sweeps = verbs.add_parser("sweep", help=sweep.__doc__).add_subparsers(dest="method", required=True)
+    for name in VERBS:
+        for parent, do in ((verbs, run), (sweeps, sweep)):
+            verb = parent.add_parser(name)
+            common(verb)
+            compressing(verb)
+            OPTIONS[name](verb, {"nargs": "+"} if parent is sweeps else {})
+            verb.set_defaults(do=do, method=name)
+    return top
+
+
+def common(verb: argparse.ArgumentParser) -> None:
+    add = verb.add_argument
+    add("--model", "--model-type", choices=list(WIDTHS), default="fno")
+    add("--checkpoint", type=Path, help=".pt, .safetensors, .ckpt or .lcz; left out, one is trained")
+    add("--data", default="generate", help=".npz pack, folder of the verb download, or generate")
+    add("--root", type=Path, default=Path("data"), help="where downloaded and generated fields lie")
+    add("--resolutions", type=int, nargs="+", help="grid points per side to evaluate at")
+    add("--train-resolution", type=int, help="default: the smallest of them")
+    add("--train-size", type=int, help="so many training pairs")
+    add("--test-size", type=int, help="so many test pairs")
+    add("--width", type=int, help=f"channels; default {WIDTHS}")
+    add("--n-modes", type=int, nargs="+", default=[8, 8], help="frequencies per axis")
+    add("--layers", type=int, default=4)
+    add("--rank", type=float, default=0.5, help="of TFNO's weights")
+    add("--epochs", type=int, default=40)
+    add("--batch-size", type=int, default=32)
+    add("--lr", type=float, default=5e-4)
+    add("--weight-decay", type=float, default=1e-4)
+    add("--accelerator", default="cpu", help="Lightning's: cpu, gpu, auto")
+    add("--seed", type=int, default=0)
+    add("--output-dir", type=Path, default=Path("outputs/neural_operators"))
+
+
+def compressing(verb: argparse.ArgumentParser) -> None:
+    add = verb.add_argument
+    add("--finetune-epochs", type=int, default=0)
+    add("--finetune-lr", type=float, default=5e-4)
+    add("--include", nargs="+", help="patterns of layer names; default: spectral layers, for quantize all")
+    add("--exclude", nargs="+", default=())
+    add("--data-free", action="store_true", help="calibrate with drawn inputs like one field")
+    add("--partial-fourier", action="store_true", help="also compute kept frequencies only (exact, faster)")
+
+
+def prune_options(verb: argparse.ArgumentParser, strength: dict[str, Any]) -> None:
+    verb.add_argument("--sparsity", type=float, default=0.5, **strength)
+    verb.add_argument("--scope", default="global", choices=["global", "layer", "row"])
+    verb.add_argument("--criterion", default="magnitude")
+
+
+def factorize_options(verb: argparse.ArgumentParser, strength: dict[str, Any]) -> None:
+    verb.add_argument("--rank-ratio", type=float, required=bool(strength), **strength)
+    verb.add_argument("--energy-ratio", type=float)
+    verb.add_argument("--params-ratio", type=float)
+    verb.add_argument("--scheme", default="auto")
+
+
+def drop_options(verb: argparse.ArgumentParser, strength: dict[str, Any]) -> None:
+    verb.add_argument("--ratio", type=float, default=0.25, **strength)
+    verb.add_argument("--count", type=int)
+    verb.add_argument("--unit", default="block", choices=["block", "spectral", "layer"])
+    verb.add_argument("--criterion", default="bypass_error")
+
+
+def truncate_options(verb: argparse.ArgumentParser, strength: dict[str, Any]) -> None:
+    verb.add_argument("--keep-ratio", type=float, required=bool(strength), **strength)
+    verb.add_argument("--modes", type=int, nargs="+", help="kept along each axis, as in the constructor")
+    verb.add_argument("--energy-ratio", type=float)
+
+
+def quantize_options(verb: argparse.ArgumentParser, strength: dict[str, Any]) -> None:
+    verb.add_argument(
+        "--precision", type=precision, default="int8", help="fp32 fp16 bf16 int2 ... int16", **strength
+    )
+    verb.add_argument("--mode", default="static", choices=["static", "dynamic", "weight"])
+    verb.add_argument("--granularity", default="per_channel")
+    verb.add_argument("--calibrator", default="mse")
+    verb.add_argument("--activation-calibrator", default="mse")
+
+
+def precision(name: str) -> str:
+    if name not in ("fp32", "fp16", "bf16", *(f"int{bits}" for bits in range(2, 17))):
+        raise argparse.ArgumentTypeError(f"{name!r}: allowed are fp32, fp16, bf16 and int2 to int16")
+    return name
+
+
+OPTIONS = {
+    "prune": prune_options,
+    "factorize": factorize_options,
+    "drop-layers": drop_options,
+    "truncate": truncate_options,
+    "quantize": quantize_options,
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parser().parse_args(argv)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    seed_everything(options.seed, workers=True, verbose=False)
+    options.do(options)
+
+
+if __name__ == "__main__":
+    main()
