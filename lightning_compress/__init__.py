@@ -8,13 +8,14 @@ from lightning_compress.callbacks.fusion import BatchNormFusion
 from lightning_compress.callbacks.monitor import CompressionMonitor
 from lightning_compress.callbacks.pruning import ScheduledPruning
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
+from lightning_compress.callbacks.regularization import LowRankRegularization
 from lightning_compress.codes import Code
 from lightning_compress.compress import compress
 from lightning_compress.cost import cost
 from lightning_compress.export import export_onnx
 from lightning_compress.finalize import finalize
 from lightning_compress.fusion import FuseBatchNorm
-from lightning_compress.lowrank import Factorize
+from lightning_compress.lowrank import Factorize, MergeFactors
 from lightning_compress.metrics import OutputErrorRate, RelativeL2Error
 from lightning_compress.pruning.sparsify import Prune
 from lightning_compress.quantization import Log2, MiniFloat, PerChannel, PerGroup, PerTensor, Quantize
@@ -29,6 +30,8 @@ __all__ = [
     "Factorize",
     "FuseBatchNorm",
     "Log2",
+    "LowRankRegularization",
+    "MergeFactors",
     "MiniFloat",
     "NothingChangedError",
     "OutputErrorRate",

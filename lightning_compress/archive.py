@@ -258,6 +258,24 @@ def inspect(path: str | os.PathLike[str]) -> ArchiveInfo:
         return _info(Reader(file))
 
 
+def dense_bytes(model: nn.Module) -> int:
+    """Bytes of a model's numbers as float32: ``4 x real numbers`` of parameters and floating-point buffers.
+
+    Args:
+        model: any module; a tensor that is held twice counts once.
+
+    Returns:
+        Bytes; for a model that was never changed, the ``dense_bytes`` of its archive.
+
+    Examples:
+        >>> dense_bytes(nn.Linear(3, 2))
+        32
+    """
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    floats = (t for t in tensors if t.is_floating_point() or t.is_complex())
+    return 4 * sum(t.numel() * (2 if t.is_complex() else 1) for t in floats)
+
+
 def baseline_sizes(model: nn.Module) -> dict[str, int]:
     """Bytes that the state dict takes without this library, to compare ``file_bytes`` with.
 

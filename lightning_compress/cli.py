@@ -1,4 +1,4 @@
-"""The command line: ``lightning-compress prune | quantize | export | inspect | benchmark``.
+"""The command line: ``lightning-compress prune | factorize | quantize | export | inspect | benchmark``.
 
 A verb is a pair: a function that adds its options to a parser, and one that does the work. The options of a method
 are read from its transform, so they are written once. Input that cannot be used ends in one line on stderr and exit
@@ -30,6 +30,7 @@ from lightning_compress.compress import compress
 from lightning_compress.container import replacing
 from lightning_compress.export import export_onnx
 from lightning_compress.fusion import FuseBatchNorm
+from lightning_compress.lowrank import Factorize
 from lightning_compress.pruning.sparsify import Prune
 from lightning_compress.quantization.quantize import Quantize
 from lightning_compress.stats.calibration import SAMPLERS
@@ -82,6 +83,10 @@ def _prune(options: Namespace) -> None:
     _compress(options, [_transform(Prune, options), *([FuseBatchNorm()] if options.fuse else [])])
 
 
+def _factorize(options: Namespace) -> None:
+    _compress(options, [*([FuseBatchNorm()] if options.fuse else []), _transform(Factorize, options)])
+
+
 def _quantize(options: Namespace) -> None:
     _compress(options, [*([FuseBatchNorm()] if options.fuse else []), _transform(Quantize, options)])
 
@@ -98,8 +103,9 @@ def _compress(options: Namespace, steps: Sequence[Transform]) -> None:
     if options.state_dict:
         with replacing(files[1]) as file:
             torch.save(result.model.state_dict(), file)
-    sizes = [[how, size, info.dense_bytes / size] for how, size in baseline_sizes(result.model).items()]
-    sizes.append([options.output, info.file_bytes, info.compression_ratio])
+    given = archive.dense_bytes(network)  # a method may have made the network itself smaller
+    files_of = {**baseline_sizes(result.model), options.output: info.file_bytes}
+    sizes = [[how, size, given / size] for how, size in files_of.items()]
     print(result, text(["file of the result", "bytes", "compression ratio"], sizes), sep="\n\n")
 
 
@@ -134,7 +140,8 @@ def _writable(path: str, force: bool) -> Path:
 
 def _transform(kind: type[T], options: Namespace) -> T:
     """A transform from the options that `_transform_options` added."""
-    values = {field.name: options[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    names = (field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
+    values = {name: options[name] for name in names if name not in _LEFT_OUT}
     with _from_here():  # the criterion may be a function there
         return kind(**values)
 
@@ -252,6 +259,7 @@ _TEXTS = {  # options that may be a name, though the transform also takes an obj
     "format": "int, log2, e4m3, e5m2, e3m4, e2m1, fp16 or bf16",
     "granularity": "per_channel, per_tensor or per_group:SIZE",
 }
+_LEFT_OUT = {"force"}  # of Factorize; on the command line it means to replace a file
 _LISTS: dict[str, Any] = {  # one or more values after the option
     "include": {"help": "patterns of layer names to take"},
     "exclude": {"help": "patterns of layer names to leave"},
@@ -261,7 +269,7 @@ _LISTS: dict[str, Any] = {  # one or more values after the option
 
 def _transform_options(parser: ArgumentParser, kind: type[Transform]) -> None:
     """The fields of a transform as options, with their types, defaults and descriptions."""
-    parser.add_class_arguments(kind, as_group=False, skip={*_TEXTS, *_LISTS})
+    parser.add_class_arguments(kind, as_group=False, skip={*_TEXTS, *_LISTS, *_LEFT_OUT})
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.name in _TEXTS:
             named = field.default if isinstance(field.default, str) else "per_channel"
@@ -287,6 +295,10 @@ def _compress_options(parser: ArgumentParser, kind: type[Transform], fuse: str) 
 
 def _prune_options(parser: ArgumentParser) -> None:
     _compress_options(parser, Prune, "after pruning")
+
+
+def _factorize_options(parser: ArgumentParser) -> None:
+    _compress_options(parser, Factorize, "before factorizing")
 
 
 def _quantize_options(parser: ArgumentParser) -> None:
@@ -318,6 +330,11 @@ def _benchmark_options(parser: ArgumentParser) -> None:
 
 _VERBS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Namespace], None]]] = {
     "prune": ("zero weights of a trained network and write an .lcz archive", _prune_options, _prune),
+    "factorize": (
+        "write weights as products of thinner ones and write an .lcz archive",
+        _factorize_options,
+        _factorize,
+    ),
     "quantize": ("put a trained network on few bits and write an .lcz archive", _quantize_options, _quantize),
     "export": ("write a quantized network as an ONNX file of integers", _export_options, _export),
     "inspect": ("check an .lcz archive and show what it holds", _inspect_options, _inspect),

@@ -22,11 +22,10 @@ lightning 2.6.6.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
-from cifar_resnet import CIFAR10, LitClassifier, build, logits, normalize, read
+from cifar_resnet import CIFAR10, LitClassifier, add_options, build, logits, normalize, read
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
@@ -68,23 +67,10 @@ def compensated(net: nn.Module, options: argparse.Namespace) -> nn.Module:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    archs = [name for name in lc.models.names() if name.startswith("resnet")]
-    parser.add_argument("--arch", default="resnet20", choices=archs)
-    parser.add_argument("--checkpoint", help="trained weights: .safetensors, .ckpt or .pt")
-    parser.add_argument(
-        "--data", help="folder of .npz packs; left out, torchvision downloads CIFAR-10 into data/"
-    )
+    add_options(parser, "outputs/cifar_qat", max_steps=300, lr=0.005)
     parser.add_argument("--bits", type=int, nargs=2, default=[4, 4], help="of weights and of activations")
     parser.add_argument("--method", default="lsq", choices=["fake_quant", "lsq", "pact"])
     parser.add_argument("--start", default="compensated", choices=["compensated", "float"])
-    parser.add_argument("--max-steps", type=int, default=300)
-    parser.add_argument("--log-every", type=int, default=10, help="optimizer steps between log entries")
-    parser.add_argument("--train-size", type=int, help="use the first so many training images")
-    parser.add_argument("--limit-test", type=int, help="use the first so many test images")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=0.005)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/cifar_qat"))
     options = parser.parse_args(argv)
     out = options.output_dir
     out.mkdir(parents=True, exist_ok=True)

@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_compress as lc
+from lightning_compress.archive import dense_bytes
 from lightning_compress.checkpoints import load_weights
 from lightning_compress.tables import text
 
@@ -274,42 +275,47 @@ def report(networks: dict[str, nn.Module], images: Tensor, labels: Tensor, folde
                 f"{(out.argmax(1) == labels).float().mean():.2%}",
                 f"{float(errors.compute()):.2%}",
                 f"{zeros:,} of {size:,}",
+                lc.cost(net).params,
                 info.file_bytes,
-                info.compression_ratio,
+                dense_bytes(dense) / info.file_bytes,
                 timing.macs,
                 timing.latency_ms,
                 timing.speed_up,
             ]
         )
     quantities = ["file_bytes", "compression_ratio", "MACs", "latency_ms", "speed-up"]
-    print(text(["network", "top-1", "OutputErrorRate", "zeros among targets", *quantities], rows))
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--arch",
-        default="resnet20",
-        choices=[name for name in lc.models.names() if name.startswith("resnet")],
+    print(
+        text(["network", "top-1", "OutputErrorRate", "zeros among targets", "parameters", *quantities], rows)
     )
+
+
+def add_options(parser: argparse.ArgumentParser, output: str, *, max_steps: int, lr: float) -> None:
+    """What every recipe for CIFAR ResNets takes."""
+    archs = [name for name in lc.models.names() if name.startswith("resnet")]
+    parser.add_argument("--arch", default="resnet20", choices=archs)
     parser.add_argument("--checkpoint", help="trained weights: .safetensors, .ckpt or .pt")
     parser.add_argument(
         "--data", help="folder of .npz packs; left out, torchvision downloads CIFAR-10 into data/"
     )
+    parser.add_argument("--max-steps", type=int, default=max_steps)
+    parser.add_argument("--log-every", type=int, default=10, help="optimizer steps between log entries")
+    parser.add_argument("--train-size", type=int, help="use the first so many training images")
+    parser.add_argument("--limit-test", type=int, help="use the first so many test images")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output-dir", type=Path, default=Path(output))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add_options(parser, "outputs/cifar_resnet", max_steps=100, lr=0.01)
     parser.add_argument("--post-training", action="store_true", help="no training; any number of sparsities")
     parser.add_argument(
         "--fuse", action="store_true", help="with --post-training: also fold BatchNorm into the convolutions"
     )
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8])
-    parser.add_argument("--max-steps", type=int, default=100)
     parser.add_argument("--every", type=int, default=10, help="optimizer steps between mask updates")
-    parser.add_argument("--log-every", type=int, default=10, help="optimizer steps between log entries")
-    parser.add_argument("--train-size", type=int, help="use the first so many training images")
-    parser.add_argument("--limit-test", type=int, help="use the first so many test images")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=0.01)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/cifar_resnet"))
     options = parser.parse_args(argv)
     if not options.post_training and len(options.sparsity) > 1:
         parser.error("several sparsities need --post-training")

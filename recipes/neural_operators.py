@@ -330,10 +330,12 @@ def trained(options: argparse.Namespace, fields: Fields) -> Trained:
 
 def configuration(options: argparse.Namespace) -> dict[str, Any]:
     config = {"model": options.model, "width": options.width or WIDTHS[options.model]}
-    return config | {"n_modes": options.n_modes, "layers": options.layers, "rank": options.rank}
+    layers = options.layers or LAYERS[options.model]
+    return config | {"n_modes": options.n_modes, "layers": layers, "rank": options.rank}
 
 
-WIDTHS = {"fno": 24, "tfno": 24, "uno": 16, "codano": 16}
+WIDTHS = {"fno": 24, "tfno": 24, "uno": 16, "codano": 8}
+LAYERS = {"fno": 4, "tfno": 4, "uno": 4, "codano": 2}
 
 
 def train(options: argparse.Namespace, fields: Fields) -> Trained:
@@ -601,7 +603,7 @@ def common(verb: argparse.ArgumentParser) -> None:
     add("--test-size", type=int, help="so many test pairs")
     add("--width", type=int, help=f"channels; default {WIDTHS}")
     add("--n-modes", type=int, nargs="+", default=[8, 8], help="frequencies per axis")
-    add("--layers", type=int, default=4)
+    add("--layers", type=int, help=f"default {LAYERS}")
     add("--rank", type=float, default=0.5, help="of TFNO's weights")
     add("--epochs", type=int, default=40)
     add("--batch-size", type=int, default=32)

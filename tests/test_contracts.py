@@ -40,6 +40,10 @@ def quantize(**options: Any) -> Case:
     return Case(tuple(lc.Quantize(bits, **options) for bits in (8, 4, 2)), None, options)
 
 
+def factorize(**options: Any) -> Case:
+    return Case(tuple(lc.Factorize(share, **options) for share in (0.4, 0.3, 0.2)), None, options)
+
+
 CASES = [
     quantize(),
     quantize(symmetric=False, granularity="per_tensor"),
@@ -51,6 +55,9 @@ CASES = [
     prune(criterion="random", scope="layer"),
     prune(scope="row"),
     Case((lc.FuseBatchNorm(),)),
+    factorize(),
+    factorize(activation_aware=True),
+    Case(tuple(lc.Factorize(budget=("params", share)) for share in (0.95, 0.9)), None, {"budget": "params"}),
     Case((ReestimateBatchNorm(samples=32),), ReestimateBatchNorm(momentum=0.0)),
 ]
 
@@ -82,25 +89,64 @@ class Net(nn.Module):
         return self.b(torch.relu(self.a(x)))
 
 
-def fno() -> nn.Module:
-    return pytest.importorskip("neuralop.models").FNO(
-        n_modes=(4, 4),
-        in_channels=3,
-        out_channels=1,
-        hidden_channels=6,
-        n_layers=2,
-        projection_channel_ratio=1,
+class Mixing(nn.Module):
+    """A user's own layer with a complex weight, known to the library by one line."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(channels, channels, dtype=torch.complex64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bi...,io->bo...", torch.fft.fft2(x), self.kernel).real
+
+
+lc.register(Mixing, lc.Axes(out=1, in_=0), param="kernel")
+
+
+def operators() -> nn.Module:
+    """Every kind of neural operator in a row, with BatchNorm and a user's own complex layer between them."""
+    models = pytest.importorskip("neuralop.models")
+    options = {"out_channels": 3, "projection_channel_ratio": 1, "n_layers": 1, "hidden_channels": 6}
+    net = nn.Sequential(
+        models.FNO(n_modes=(4, 4), in_channels=3, **options),
+        models.TFNO(n_modes=(4, 4), in_channels=3, rank=0.8, **options),
+        Mixing(3),
+        nn.Conv2d(3, 4, 1),
+        nn.BatchNorm2d(4),
+        models.UNO(
+            in_channels=4,
+            out_channels=2,
+            hidden_channels=4,
+            lifting_channels=4,
+            projection_channels=4,
+            n_layers=2,
+            uno_n_modes=[[4, 4], [2, 2]],
+            uno_scalings=[[0.5, 0.5], [2.0, 2.0]],
+            uno_out_channels=[4, 4],
+            channel_mlp_skip="linear",
+        ),
+        models.CODANO(
+            output_variable_codimension=1,
+            hidden_variable_codimension=2,
+            lifting_channels=4,
+            projection_channels=4,
+            n_layers=1,
+            n_modes=[[4, 4]],
+            n_heads=[2],
+            per_layer_scaling_factors=[[1, 1]],
+            attention_scaling_factors=[1],
+            use_horizontal_skip_connection=False,
+            attention_token_dim=1,
+            per_channel_attention=False,
+        ),
     )
-
-
-def batchnorm_fno() -> nn.Module:
-    net = nn.Sequential(fno(), nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4))
-    net[2].running_mean.normal_()
+    net[4].running_mean.normal_()
     return net
 
 
-MODELS = {"net": Net, "fno": batchnorm_fno}
+MODELS = {"net": Net, "operators": operators}
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+DATA = [torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(6))]
 
 
 def model(kind: str) -> nn.Module:
@@ -128,15 +174,15 @@ def kind(request):
 
 
 def run(transform, m, **options):
-    """With plain normal inputs: matching BatchNorm's statistics takes seconds, and has tests of its own."""
-    return lc.compress(m, [transform], example_input=X, data="normal", **options)
+    """With given inputs: drawing them takes seconds, and has tests of its own."""
+    return lc.compress(m, [transform], example_input=X, data=DATA, **options)
 
 
 def test_plan_writes_nothing(case, kind):
     m = model(kind)
     before, hooks = copy.deepcopy(m), [len(x._forward_hooks) for x in m.modules()]
     rng = torch.random.get_rng_state()
-    case.levels[-1].plan(m, lc.stats.Calibration(X, "normal"))
+    case.levels[-1].plan(m, lc.stats.Calibration(X, DATA))
     assert same(m, before) and not list(codes.of(m)) and torch.equal(rng, torch.random.get_rng_state())
     assert hooks == [len(x._forward_hooks) for x in m.modules()] and not m.training
 
@@ -205,7 +251,7 @@ def test_finalize_equals_before(case, kind):
 
 def test_excluded_layers_are_untouched(case, kind):
     m = model(kind)
-    part = {"net": "up", "fno": "1"}[kind]
+    part = {"net": "up", "operators": "3"}[kind]
     t = type(case.levels[-1])(**{**vars(case.levels[-1]), "exclude": part})
     try:
         after = run(t, m).model

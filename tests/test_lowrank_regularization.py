@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import csv
+import importlib
 import math
 import pickle
 import subprocess
@@ -27,6 +28,7 @@ from lightning_compress.functional.ranks import effective_rank
 from lightning_compress.lowrank import Factorize
 
 TESTS = Path(__file__).parent
+RECIPES = TESTS.parent / "recipes"
 KEYS = ("net.0.weight", "net.2.weight")
 
 
@@ -105,8 +107,13 @@ def test_accumulation_clipping_and_a_gradient_scaler_give_the_step_computed_by_h
     assert (expected - before).norm() == pytest.approx(0.04, rel=1e-4)  # the clip was at work
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "fused", "lbfgs"])
-@pytest.mark.parametrize("scale", [None, 256.0])
+@pytest.mark.parametrize(
+    ("optimizer", "scale"),
+    [(name, None) for name in ("sgd", "adam", "fused", "lbfgs")]
+    + [
+        (name, 256.0) for name in ("sgd", "adam", "fused")
+    ],  # closures that run several times cannot be scaled
+)
 def test_equals_a_term_of_the_loss(optimizer, scale):
     """The reference adds the penalty to the loss and lets autograd differentiate through the decomposition."""
 
@@ -125,9 +132,6 @@ def test_equals_a_term_of_the_loss(optimizer, scale):
                 "fused": lambda: torch.optim.Adam(self.parameters(), lr=1e-2, eps=1e-3, fused=True),
                 "lbfgs": lambda: torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=2),
             }[optimizer]()
-
-    if scale and optimizer == "lbfgs":
-        pytest.skip("Lightning has no gradient scaling with closures that run several times")
 
     def fit(*callbacks, strength=0.0):
         lit = Plain()
@@ -215,9 +219,9 @@ class Any(pl.LightningModule):
 
 def once(callback, module, **options):
     """One optimizer step."""
-    before = {k: v.detach().clone() for k, v in module.state_dict().items()}
+    before = {k: p.detach().clone() for k, p in module.named_parameters()}
     trainer(callback, max_steps=1, max_epochs=-1, **options).fit(module, loader())
-    return before, {k: v.detach().clone() for k, v in module.state_dict().items()}
+    return before, {k: p.detach().clone() for k, p in module.named_parameters()}
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -247,23 +251,24 @@ def test_spectral_weights_are_complex_matrices():
 
 
 def test_auto_takes_the_matrix_that_factorize_takes_and_remembers_it():
-    """A rank-one column structure is found by one scheme, rank-one channels by the other."""
+    """Half the numbers are enough for one weight by channels, for the other by columns."""
     torch.manual_seed(0)
     by_channel, by_column = (nn.Conv2d(8, 8, 3, bias=False) for _ in range(2))
-    by_channel.weight.data = torch.einsum("o,ikl->oikl", torch.randn(8), torch.randn(8, 3, 3))
-    by_column.weight.data = torch.einsum("ol,ik->oikl", torch.randn(8, 3), torch.randn(8, 3))
-    chosen = Factorize(rank_ratio=0.5).plan(nn.Sequential(by_channel, by_column))
-    assert [d["scheme"] for d in chosen.layers.values()] == ["channel", "spatial"]
-    for factorize, attribute in (
-        (None, None),
-        (Factorize(rank=2), "net"),
-        (Factorize(budget=("macs", 0.5)), None),
+    by_channel.weight.data = torch.einsum("or,rikl->oikl", torch.randn(8, 3), torch.randn(3, 8, 3, 3))
+    by_column.weight.data = torch.einsum("rol,rik->oikl", torch.randn(6, 8, 3), torch.randn(6, 8, 3))
+    chosen = Factorize(params_ratio=0.5).plan(nn.Sequential(by_channel, by_column))
+    names = [d["scheme"] for d in chosen.layers.values()]
+    assert names == ["channel", "spatial"]
+    other = Factorize(params_ratio={"0": 0.5, "1": 0.5}, activation_aware=True)
+    for factorize, attribute, expected in (
+        (None, None, ["channel", "channel"]),  # as Factorize() does: half the rank saves nothing in columns
+        (Factorize(params_ratio=0.5), None, names),
+        (other, "net", names),
     ):
-        module = Any(by_channel, by_column, lr=0.0)
         callback = LowRankRegularization(factorize=factorize, attribute=attribute)
-        once(callback, module)
+        once(callback, Any(by_channel, by_column, lr=0.0))
         schemes = callback.state_dict()["schemes"]
-        assert schemes == {"net.0.weight": "channel", "net.1.weight": "spatial"}
+        assert schemes == dict(zip(("net.0.weight", "net.1.weight"), expected, strict=True))
     again = LowRankRegularization()
     again.load_state_dict(callback.state_dict())
     once(again, Any(by_column, by_channel, lr=0.0))
@@ -434,7 +439,7 @@ def test_the_logged_effective_rank_falls_against_a_fit_without(tmp_path):
         assert curve[63] == pytest.approx(sum(ranks) / 2, rel=1e-6)
         layers = [column(log, f"compress/effective_rank/{k.removesuffix('.weight')}") for k in KEYS]
         assert [layer[63] for layer in layers] == pytest.approx(ranks, rel=1e-6)
-        total = sum(float(nuclear(lit.get_parameter(k))) for k in KEYS)
+        total = sum(float(nuclear(lit.get_parameter(k).detach())) for k in KEYS)
         assert column(log, "compress/penalty")[63] == pytest.approx(strength * total, rel=1e-6, abs=1e-12)
         ends[strength] = curve
     assert ends[0.05][63] < 0.8 * ends[0.0][63] and ends[0.05][63] < 0.8 * ends[0.05][0]
@@ -458,7 +463,7 @@ def test_every_penalty_falls_when_nothing_else_pulls(tmp_path, kind, options):
     trainer(callback, logger=log, log_every_n_steps=1, max_epochs=3).fit(Still(lr=0.3), loader())
     curve = column(log, "compress/penalty")
     values = [curve[step] for step in sorted(curve)]
-    assert values == sorted(values, reverse=True) and values[-1] < 0.97 * values[0]
+    assert values == sorted(values, reverse=True) and values[-1] < 0.999 * values[0]
 
 
 def test_a_rule_of_ones_own_by_import_path_or_as_a_function():
@@ -496,7 +501,7 @@ def test_pruning_and_quantization_in_the_same_trainer():
     assert sparsity(lit) == sparsity(plain) == 0.5
     # a mask and the polar factor of one weight disagree, and the entries of the mask stay zero
     final = lc.finalize(lit)
-    assert len(final.net[0].weight.unique()) <= 16
+    assert all(len(row.unique()) <= 16 for row in final.net[0].weight.detach())
     small = (effective_rank(lit.net[0].weight), effective_rank(plain.net[0].weight))
     assert small[0] < small[1]
 
@@ -697,14 +702,9 @@ def test_resume_equals_the_uninterrupted_run(tmp_path, options):
 
 
 def fit(folder, *callbacks, resume=False):
-    net = nn.Sequential(
-        nn.Linear(8, 16),
-        nn.ReLU(),
-        nn.Unflatten(1, (4, 2, 2)),
-        nn.Conv2d(4, 6, 2),
-        nn.Flatten(),
-        nn.Linear(6, 3),
-    )
+    torch.manual_seed(0)
+    head = nn.Conv2d(4, 6, 2), nn.Flatten(), nn.Linear(6, 3)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Unflatten(1, (4, 2, 2)), *head)
     low = LowRankRegularization(strength=0.02, schedule="linear", every=3)
     lit = Lit(net)
     t = trainer(low, saving(folder), *callbacks, max_epochs=3)
@@ -814,14 +814,23 @@ def test_an_endless_training_needs_no_length_while_the_strength_is_constant():
         trainer(LowRankRegularization(schedule="linear"), Stop(), max_epochs=-1).fit(Lit(), loader())
 
 
-def test_copies_hold_no_model():
-    callback = LowRankRegularization()
+def test_copies_hold_nothing_of_the_run():
+    callback, seen = LowRankRegularization(factorize=Factorize(rank=1)), []
 
     class Copies(pl.Callback):
         def on_train_batch_end(self, *args):
-            self.size = len(pickle.dumps(callback))
-            assert not copy.deepcopy(callback).penalized
+            twin = copy.deepcopy(callback)
+            seen.append((len(callback.penalized), len(twin.penalized), len(twin._undo), twin.steps))
 
-    copies = Copies()
-    trainer(callback, copies).fit(Lit(nn.Sequential(nn.Linear(8, 999), nn.Linear(999, 3))), loader())
-    assert copies.size < 4000 and not callback.penalized
+    trainer(callback, Copies(), max_epochs=1).fit(Lit(), loader())
+    assert seen == [(2, 0, 0, t + 1) for t in range(8)] and not callback.penalized
+    assert pickle.loads(pickle.dumps(callback)).steps == 8
+
+
+def test_the_benchmark_of_its_overhead_runs(monkeypatch, capsys):
+    for folder in (RECIPES, RECIPES / "benchmarks"):
+        monkeypatch.syspath_prepend(str(folder))
+    main = importlib.import_module("lowrank_overhead").main
+    main(["--steps", "4", "--warmup", "1", "--batch-size", "4", "--only", "nuclear", "nuclear, in the loss"])
+    printed = capsys.readouterr().out
+    assert all(f"\n{name}" in printed for name in ("plain", "nuclear", "nuclear, in the loss"))

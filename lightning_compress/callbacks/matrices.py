@@ -78,18 +78,15 @@ class PairView(View):
     """
 
     def __init__(self, name: str, pair: Factors, scheme: MatrixScheme) -> None:
-        layers = {child: pair.get_submodule(child) for child in ("first", "second")}
+        self.layers = [pair.get_submodule(child) for child in ("first", "second")]
         prefix = f"{name}." if name else ""
-        self.keys = {child: f"{prefix}{child}.weight" for child in layers}
-        self.weights = {child: parameter(layer, "weight") for child, layer in layers.items()}
-        super().__init__(name, {self.keys[child]: self.weights[child] for child in layers})
-        self.layers, self.scheme = layers, scheme
+        keys = (f"{prefix}first.weight", f"{prefix}second.weight")
+        super().__init__(name, {k: parameter(m, "weight") for k, m in zip(keys, self.layers, strict=True)})
+        self.scheme = scheme
 
     def halves(self) -> tuple[Tensor, Tensor]:
         """A and B, without a graph."""
-        return self._form("second")(self.weights["second"].detach()), self._form("first")(
-            self.weights["first"].detach()
-        )
+        return self._halves([p.detach() for p in self.parts.values()])
 
     def matrices(self) -> Tensor:
         """The product, in double precision, for its rank is to be seen."""
@@ -104,11 +101,12 @@ class PairView(View):
 
     def to_parts(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
         """Values in the order of A and B, in the order of the parameters."""
-        values = {"second": a, "first": b}
-        return {
-            self.keys[child]: reordered(self._form(child), self.weights[child], value)
-            for child, value in values.items()
-        }
+        with torch.enable_grad():
+            leaves = [p.detach().requires_grad_() for p in self.parts.values()]
+            halves = self._halves(leaves)
+            values = [v.to(h.dtype) for v, h in zip((a, b), halves, strict=True)]
+            found = torch.autograd.grad(halves, leaves, values)
+        return dict(zip(self.parts, found, strict=True))
 
     def write(self, found: Spectrum, sigma: Tensor) -> None:
         """Balanced factors of the new product, zeros beyond its rank."""
@@ -116,18 +114,9 @@ class PairView(View):
         for key, value in self.to_parts(*balanced(found.left, sigma, found.right, rank)).items():
             self.parts[key].copy_(value)
 
-    def _form(self, child: str) -> Form:
-        """How one of the two parameters becomes its half of the product."""
-        side = 0 if child == "second" else 1
-
-        def form(weight: Tensor) -> Tensor:
-            first, second = (
-                _With(layer, weight if name == child else self.weights[name])
-                for name, layer in self.layers.items()
-            )
-            return self.scheme.halves(first, second)[side]
-
-        return form
+    def _halves(self, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+        first, second = (_With(m, w) for m, w in zip(self.layers, weights, strict=True))
+        return self.scheme.halves(first, second)
 
 
 def reordered(form: Form, weight: Tensor, values: Tensor) -> Tensor:
@@ -147,7 +136,8 @@ def reordered(form: Form, weight: Tensor, values: Tensor) -> Tensor:
     """
     with torch.enable_grad():
         leaf = weight.detach().requires_grad_()
-        (found,) = torch.autograd.grad(form(leaf), leaf, values.to(weight.dtype))
+        made = form(leaf)
+        (found,) = torch.autograd.grad(made, leaf, values.to(made.dtype))
     return found
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch.optim import Optimizer
 from lightning_compress.callbacks.base import callbacks_of, log_due, logged_step
 from lightning_compress.callbacks.pruning import ScheduledPruning
 from lightning_compress.callbacks.scheduled import ScheduledCallback
+from lightning_compress.names import name_of, resolve
 from lightning_compress.schedules import constant
 from lightning_compress.tables import reasons
 from lightning_compress.targets import Patterns
@@ -222,6 +225,36 @@ class PenalizingCallback(ScheduledCallback):
 
     def _tagged(self, values: Mapping[str, float]) -> dict[str, float]:
         return {self._tag(quantity): value for quantity, value in values.items()}
+
+
+def with_options(
+    kind: str | Callable[..., Any], known: Mapping[str, Callable[..., Any]], options: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """The rule that ``kind=`` means, with its options filled in.
+
+    Args:
+        kind: a name of ``known``, an import path, or the rule itself.
+        known: name -> rule, a function of one tensor and its options.
+        options: what the rule takes besides.
+
+    Returns:
+        A function of the tensor alone.
+
+    Raises:
+        ValueError: unknown kind, or options that it does not take or lacks.
+
+    Examples:
+        >>> with_options("round", {"round": round}, {"ndigits": 1})(2.34)
+        2.3
+    """
+    rule = resolve(kind, known, "kind")
+    signature = inspect.signature(rule)
+    try:
+        signature.bind(None, **options)
+    except TypeError as error:
+        allowed = ", ".join(map(str, list(signature.parameters.values())[1:])) or "none"
+        raise ValueError(f"kind={name_of(kind)!r}: {error}; options of this kind: {allowed}.") from None
+    return functools.partial(rule, **options)
 
 
 def unowned(keys: Sequence[str]) -> dict[str, str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +13,8 @@ from torch.optim import Optimizer
 
 from lightning_compress.callbacks.copies import ExampleInput, part_of
 from lightning_compress.callbacks.matrices import PairView, View
-from lightning_compress.callbacks.penalized import PenalizingCallback, unowned
-from lightning_compress.callbacks.views import SchemeChooser, find_views
+from lightning_compress.callbacks.penalized import PenalizingCallback, unowned, with_options
+from lightning_compress.callbacks.views import SchemeChooser, find_views, one_by_one
 from lightning_compress.compress import compress
 from lightning_compress.finalize import finalize
 from lightning_compress.functional.factor import rank_from_energy, tails
@@ -25,10 +23,8 @@ from lightning_compress.functional.ranks import entropy_rank
 from lightning_compress.functional.singular import spectra
 from lightning_compress.lowrank.all_schemes import schemes
 from lightning_compress.lowrank.factorize import Factorize
-from lightning_compress.names import name_of, resolve
+from lightning_compress.names import name_of
 from lightning_compress.targets import Patterns
-
-_OTHERS = ("orthogonality", "truncate")  # kinds that are no function of singular values alone
 
 
 class LowRankRegularization(PenalizingCallback):
@@ -44,6 +40,8 @@ class LowRankRegularization(PenalizingCallback):
     - kind="scad": ``P = sum rho(sigma_i)``, which leaves large values alone (options ``lam``, ``a``)
     - kind="orthogonality": ``P = (|A A^H - I|^2 + |B^H B - I|^2) / r^2`` for pairs of factors
     - kind="truncate": no loss; W is cut to the smallest rank with ``energy_ratio`` of its energy
+
+    Schemes that make several axes of a tensor thin give it a matrix for each of these axes.
 
     The gradient ``U diag(dP/dsigma) V^H`` is added once per optimizer step, to unscaled gradients before they are
     clipped. Of layers that ``Factorize`` has made, the product is penalized. The module keeps its Parameters and keys.
@@ -134,7 +132,8 @@ class LowRankRegularization(PenalizingCallback):
             if wanted not in known | {"auto"}:
                 raise ValueError(f"matrix={wanted!r} is unknown; allowed: auto, {', '.join(sorted(known))}.")
         self.kind, self.options = kind, dict(options or {})
-        self.rule = penalty(kind, self.options)
+        self.rule: Penalty = with_options(kind, _RULES, self.options)
+        self.rule(torch.ones(2, dtype=torch.float64))  # lets it refuse values
         self.proximal, self.energy_ratio, self.matrix = proximal, energy_ratio, matrix
         self.factorize, self.attribute = factorize, attribute
         self.factorized: nn.Module | None = None
@@ -190,7 +189,8 @@ class LowRankRegularization(PenalizingCallback):
                 found |= view.to_parts(to_a, to_b)
             return found
         for name, spectrum in spectra({name: v.matrices() for name, v in views.items()}).items():
-            found |= views[name].gradients(spectrum.compose(self.rule(spectrum.sigma)[1]))
+            for key, part in views[name].gradients(spectrum.compose(self.rule(spectrum.sigma)[1])).items():
+                found[key] = found[key] + part if key in found else part
         return found
 
     def due(self, t: int) -> bool:
@@ -204,30 +204,31 @@ class LowRankRegularization(PenalizingCallback):
             return
         t = self.steps_of(optimizer)
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-        views = {}
+        views = []
         for view in self._views:
             first, *_ = view.parts.values()  # a pair goes with the optimizer of its first part
             if id(first) in rates and first.grad is not None:
-                views[view.name] = view
+                views.append(view)
         if self.kind == "truncate":
             self._cut(views, t)
             return
         amount = self.strength_at(t) * self.every
-        for name, found in spectra({name: v.matrices() for name, v in views.items()}).items():
-            rate = rates[id(next(iter(views[name].parts.values())))]
-            if rate * amount:
-                views[name].write(found, (found.sigma - rate * amount).clamp_min(0))
+        for turn in one_by_one(views):
+            for name, found in spectra({name: v.matrices() for name, v in turn.items()}).items():
+                less = amount * rates[id(next(iter(turn[name].parts.values())))]
+                if less:
+                    turn[name].write(found, (found.sigma - less).clamp_min(0))
 
-    def _cut(self, views: Mapping[str, View], t: int) -> None:
+    def _cut(self, views: Sequence[View], t: int) -> None:
         """Drop the smallest singular values, with no more of the energy than the schedule allows."""
         assert self.energy_ratio is not None
         energy = self.between(1.0, self.energy_ratio)(t)
-        for name, found in spectra({name: v.matrices() for name, v in views.items()}).items():
-            rank = rank_from_energy(tails(found.sigma), energy)
-            kept = found.sigma.clone()
-            kept[..., rank:] = 0
-            if not torch.equal(kept, found.sigma):
-                views[name].write(found, kept)
+        for turn in one_by_one(views):
+            for name, found in spectra({name: v.matrices() for name, v in turn.items()}).items():
+                rank = rank_from_energy(tails(found.sigma), energy)
+                if bool(found.sigma[..., rank:].any()):
+                    ranks = torch.arange(found.sigma.shape[-1], device=found.sigma.device)
+                    turn[name].write(found, found.sigma.where(ranks < rank, 0))
         self._cut_at = t + 1
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -242,7 +243,7 @@ class LowRankRegularization(PenalizingCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave truncated what training that was stopped has moved since."""
         if self.kind == "truncate" and 0 < self.steps != self._cut_at and self.steps > self.span[0]:
-            self._cut({v.name: v for v in self._views}, self.steps - 1)
+            self._cut(self._views, self.steps - 1)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Factorize a copy."""
@@ -301,35 +302,10 @@ class LowRankRegularization(PenalizingCallback):
         self._schemes, self._cut_at = dict(state_dict["schemes"]), int(state_dict["cut_at"])
 
 
-def penalty(kind: str | Callable[..., tuple[Tensor, Tensor]], options: Mapping[str, Any]) -> Penalty:
-    """A penalty with its options filled in and checked.
-
-    Args:
-        kind: what ``LowRankRegularization`` takes.
-        options: its options.
-
-    Returns:
-        A function of sigma alone; the nuclear norm for kinds that are none.
-
-    Raises:
-        ValueError: unknown kind, or options that it does not take, lacks or refuses.
-
-    Examples:
-        >>> penalty("l1_l2", {"squared": True})(torch.ones(4))[0].item()
-        4.0
-    """
-    known = PENALTIES | dict.fromkeys(_OTHERS, _no_loss)
-    rule = resolve(kind, known, "kind")
-    signature = inspect.signature(rule)
-    try:
-        signature.bind(None, **options)
-    except TypeError as error:
-        allowed = ", ".join(map(str, list(signature.parameters.values())[1:])) or "none"
-        raise ValueError(f"kind={name_of(kind)!r}: {error}; options of this kind: {allowed}.") from None
-    filled = functools.partial(rule, **options)
-    filled(torch.ones(2, dtype=torch.float64))  # lets the rule refuse values
-    return filled
-
-
 def _no_loss(sigma: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(sigma[..., 0]), torch.zeros_like(sigma)
+
+
+_RULES = PENALTIES | dict.fromkeys(
+    ("orthogonality", "truncate"), _no_loss
+)  # two are no functions of sigma alone

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from lightning_compress.callbacks.copies import part_of
-from lightning_compress.callbacks.matrices import PairView, View, WeightView
+from lightning_compress.callbacks.matrices import Form, PairView, View, WeightView
 from lightning_compress.finalize import finalize
 from lightning_compress.lowrank.all_schemes import maker, schemes
+from lightning_compress.lowrank.bases import BasisScheme
 from lightning_compress.lowrank.factorize import Factorize
 from lightning_compress.lowrank.factors import Factors
 from lightning_compress.lowrank.matrices import MatrixScheme
@@ -55,7 +57,8 @@ class SchemeChooser:
         Returns:
             Parameter name -> scheme; None where none fits.
         """
-        fit = {t.key: {s.name: s for s in schemes() if s.fits(t) is None} for t in targets}
+        real = self.factorize is not None and self.factorize.real_channel
+        fit = {t.key: {s.name: s for s in schemes(real) if s.fits(t) is None} for t in targets}
         undecided = []
         for t in targets:
             asked = (
@@ -96,7 +99,7 @@ def find_views(
         chooser: of their schemes.
 
     Returns:
-        The views, weights first, and parameter name -> why it has none.
+        The views, weights first and some several times, and parameter name -> why it has none.
     """
     found = survey(model, include, exclude)
     skipped = dict(found.skipped)
@@ -114,8 +117,31 @@ def find_views(
     views: list[View] = []
     for t in targets:
         name = t.name if t.name and layers.count(t.name) == 1 else t.key
-        views.append(WeightView(name, t, functools.partial(_matrices, t, taken[t.key])))
+        forms = _forms(t, taken[t.key])
+        views += [
+            WeightView(name if len(forms) == 1 else f"{name}.axis{k}", t, form)
+            for k, form in enumerate(forms)
+        ]
     return [*views, *pairs], {key: why for key, why in skipped.items() if key not in parts}
+
+
+def one_by_one(views: Sequence[View]) -> list[dict[str, View]]:
+    """Groups in which no parameter occurs twice: each view of a parameter is to see what the others wrote.
+
+    Args:
+        views: any.
+
+    Returns:
+        In each group, name -> view.
+    """
+    groups: list[dict[str, View]] = []
+    met: dict[str, int] = {}
+    for view in views:
+        turn = max(met.get(key, 0) for key in view.parts)
+        met |= dict.fromkeys(view.parts, turn + 1)
+        groups += [{}] if turn == len(groups) else []
+        groups[turn][view.name] = view
+    return groups
 
 
 def _pairs(model: nn.Module, include: Patterns, exclude: Patterns) -> list[View]:
@@ -141,10 +167,24 @@ def _refusal(target: Target, pairs_only: bool) -> str:
     return ""
 
 
-def _matrices(target: Target, scheme: Scheme | None, weight: Tensor) -> Tensor:
-    """[g, m, n] under a scheme; [first axis, others] where the scheme has no matrix."""
+def _forms(target: Target, scheme: Scheme | None) -> list[Form]:
+    """The weight as [g, m, n] under a scheme, once for every axis that it makes thin; else as [first axis, others]."""
+    layer, order = target.module, target.weight.dim()
     if isinstance(scheme, MatrixScheme):
-        return scheme.matrices(target.module, weight)
-    if isinstance(target.module, nn.MultiheadAttention) and target.param == "in_proj_weight":
-        return weight.reshape(3, -1, weight.shape[1])  # query, key and value
-    return weight.flatten(1)[None]
+        return [functools.partial(scheme.matrices, layer)]
+    if isinstance(scheme, BasisScheme):
+        return [functools.partial(_unfolded, scheme, layer, axis) for axis in scheme.axes(layer, order)]
+    if isinstance(layer, nn.MultiheadAttention) and target.param == "in_proj_weight":
+        return [lambda w: w.reshape(3, -1, w.shape[1])]  # query, key and value
+    last = (
+        order if scheme is not None and scheme.name == "tt" else 2
+    )  # a tensor train cuts between any two axes
+    return [functools.partial(_cut, axes) for axes in range(1, last)]
+
+
+def _unfolded(scheme: BasisScheme, layer: nn.Module, axis: int, weight: Tensor) -> Tensor:
+    return scheme.arranged(layer, weight).movedim(axis, 0).flatten(1)[None]
+
+
+def _cut(axes: int, weight: Tensor) -> Tensor:
+    return weight.reshape(1, math.prod(weight.shape[:axes]), -1)

@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FASTER_UP_TO = 8.0
-"""A matrix product takes about this many times fewer seconds per multiply-add than an FFT with its copies.
+FASTER_UP_TO = (2.5, 5.0)
+"""On one axis, and on several: so many multiply-adds may the products have for each of the FFTs and still be faster.
 
-Measured on two x86 cores in float32, forward and inverse of 16 ... 256 points on each of two axes: at 8 times the
-multiply-adds of the FFTs the products still win (1.1 to 3 times faster), at 16 times they lose.
+Measured on one core of an x86 processor in float32, forward and inverse, 16 ... 256 points an axis and 1/16 to all of
+the frequencies: on two axes the products take 0.2 to 0.9 times as long below the limit, as long between 5 and 8, and
+up to 3 times as long with all frequencies of 256 points. (FFTs on several axes also shift and fill the spectrum.)
 """
 
 
@@ -29,7 +30,8 @@ def faster(given: Sequence[int], modes: Sequence[int], sizes: Sequence[int], *, 
         real: whether the data are real.
 
     Returns:
-        Whether the products have at most ``FASTER_UP_TO`` times the multiply-adds of the FFTs.
+        Whether the products have at most ``FASTER_UP_TO`` times the multiply-adds of the FFTs, ``1.25 N log2 N`` of N
+        real points or twice that.
 
     Examples:
         >>> faster((64, 64), (8, 5), (64, 64), real=True), faster((64, 64), (64, 33), (64, 64), real=True)
@@ -43,7 +45,7 @@ def faster(given: Sequence[int], modes: Sequence[int], sizes: Sequence[int], *, 
         for axis in reversed(range(len(points))):
             products += left * modes[axis] * (2 if real and axis == len(points) - 1 else 4)
             left = left // points[axis] * modes[axis]
-    return products <= FASTER_UP_TO * transforms
+    return products <= FASTER_UP_TO[len(modes) > 1] * transforms
 
 
 def partial_rfftn(x: Tensor, modes: Sequence[int], norm: str | None = None) -> Tensor:
@@ -143,7 +145,7 @@ def _analysis(x: Tensor, modes: Sequence[int], norm: str | None, *, real: bool) 
     sizes = tuple(x.shape[-len(modes) :])
     _check(modes, sizes, real)
     x = _wide(x)
-    x = x if real else x.to(x.dtype.to_complex())
+    x = x if real or x.is_complex() else torch.complex(x, torch.zeros_like(x))
     with _without_autocast(x):
         for axis in reversed(range(len(modes))):
             n, k = sizes[axis], modes[axis]
@@ -200,13 +202,19 @@ def _power(norm: str | None) -> float:
 
 def _along(x: Tensor, axis: int, matrix: Tensor) -> Tensor:
     """The product with every line of one axis: [.., n, *rest] with [m, n]."""
-    after = x.shape[axis + 1 :]
-    return (matrix @ x.flatten(axis + 1)).reshape(*x.shape[:axis], matrix.shape[0], *after)
+    lines = x.reshape(-1, x.shape[axis], math.prod(x.shape[axis + 1 :]))
+    made = torch.bmm(
+        matrix.expand(lines.shape[0], -1, -1), lines
+    )  # torch.matmul would copy the lines into one matrix
+    return made.reshape(*x.shape[:axis], matrix.shape[0], *x.shape[axis + 1 :])
+
+
+_WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
+_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
 def _wide(x: Tensor) -> Tensor:
-    short = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
-    return x.to(short.get(x.dtype, x.dtype))
+    return x.to(_WIDE.get(x.dtype, x.dtype))
 
 
 @contextmanager
@@ -222,7 +230,7 @@ class _Waves(NamedTuple):
     """``scale exp(+-2 pi i q t / points)`` at k places q = first, first + 1, ... of a spectrum, wrapped.
 
     Zero where q >= points. Analysis has the minus and is [points, k] or, of real data, [points, 2 k] with cosines and
-    sines in turn; synthesis is [k, points], for real results [2 k, points] with the other half of the spectrum added in.
+    sines in turn. Synthesis is [k, points], or of real results [2 k, points] with the spectrum's other half added in.
     """
 
     kind: str
@@ -234,7 +242,7 @@ class _Waves(NamedTuple):
 
     def like(self, x: Tensor) -> Tensor:
         """The matrix in the precision and on the device of a tensor."""
-        dtype = x.dtype.to_real() if "real" in self.kind else x.dtype.to_complex()
+        dtype = _REAL.get(x.dtype, x.dtype)
         # Fake tensors, and what a tracer sees, must not be found again by others.
         plain = type(x) is Tensor and not torch.compiler.is_compiling()
         return _kept(self, dtype, x.device) if plain else self.made(dtype, x.device)
@@ -248,12 +256,12 @@ class _Waves(NamedTuple):
         if self.kind == "real synthesis":
             edge = (place == 0) | (2 * place == self.points)
             size = size * (2 * place <= self.points) * torch.where(edge, 1, 2)
-        cosine, sine = angle.cos() * size[:, None], angle.sin() * size[:, None]
+        cosine, sine = (wave(angle).mul(size[:, None]).to(device, dtype) for wave in (torch.cos, torch.sin))
         if "real" in self.kind:
             matrix = torch.stack([cosine, -sine], 1).flatten(0, 1)
         else:
             matrix = torch.complex(cosine, sine if self.kind == "synthesis" else -sine)
-        return (matrix.mT if "analysis" in self.kind else matrix).contiguous().to(device, dtype)
+        return (matrix.mT if "analysis" in self.kind else matrix).contiguous()
 
 
 @lru_cache(maxsize=128)

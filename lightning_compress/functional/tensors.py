@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lightning_compress.functional.factor import hosvd, svd
 
@@ -151,7 +152,10 @@ def tensor_train(
     for k, size in enumerate(tensor.shape[:-1]):
         u, s, vh = svd(rest.reshape(rank * size, -1))
         if ranks is not None:
-            kept = min(ranks[k], len(s))
+            kept = ranks[k]
+            if kept > len(s):  # more than there can be: the rest is zeros
+                more = kept - len(s)
+                u, s, vh = pad(u, (0, more)), pad(s, (0, more)), pad(vh, (0, 0, 0, more))
         elif energy_ratio >= 1:
             kept = len(s)
         else:

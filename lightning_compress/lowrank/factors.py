@@ -7,6 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
+# What the code around a layer may read of it: which factor has it, and its name there.
+_READ = {
+    "in_channels": (0, "in_channels"),
+    "in_features": (0, "in_features"),
+    "num_embeddings": (0, "num_embeddings"),
+    "out_channels": (-1, "out_channels"),
+    "out_features": (-1, "out_features"),
+    "embedding_dim": (-1, "out_features"),
+    "bias": (-1, "bias"),
+}
+
 
 class Factors(nn.Sequential):
     """Layers in a row that compute what one layer did; each is an ordinary layer for every later method.
@@ -37,6 +48,13 @@ class Factors(nn.Sequential):
         for name, layer in self.named_children():
             x = layer(x, *args, **kwargs) if name == self.main else layer(x)
         return x
+
+    def __getattr__(self, name: str) -> Any:
+        """Sizes and bias of the replaced layer too, which the code around it may read."""
+        if name in _READ:
+            position, own = _READ[name]
+            return getattr(list(self)[position], own)
+        return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         """The layer that was replaced."""

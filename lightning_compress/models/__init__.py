@@ -1,6 +1,6 @@
-"""Small networks that torchvision and neuraloperator do not have, and how to build them by name.
+"""Networks by name: small ones that torchvision does not have, and operators of neuraloperator.
 
-Reading order: `resnet_cifar` (He 2016), `lenet` (LeCun 1998). This folder imports torch only.
+Reading order: `resnet_cifar` (He 2016), `lenet` (LeCun 1998), `operators`. Importing this folder imports torch only.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from lightning_compress.models.lenet import LeNet5
+from lightning_compress.models.operators import codano, fno, tfno, uno
 from lightning_compress.models.resnet_cifar import (
     ResNetCIFAR,
     resnet20,
@@ -26,6 +27,8 @@ __all__ = [
     "LeNet5",
     "ResNetCIFAR",
     "build",
+    "codano",
+    "fno",
     "names",
     "resnet20",
     "resnet32",
@@ -33,6 +36,8 @@ __all__ = [
     "resnet56",
     "resnet110",
     "resnet1202",
+    "tfno",
+    "uno",
 ]
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
@@ -43,6 +48,10 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "resnet56": resnet56,
     "resnet110": resnet110,
     "resnet1202": resnet1202,
+    "fno": fno,
+    "tfno": tfno,
+    "uno": uno,
+    "codano": codano,
 }
 
 

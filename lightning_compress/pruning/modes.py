@@ -13,7 +13,7 @@ from lightning_compress import codes
 from lightning_compress.names import clean, lookup, matches
 from lightning_compress.plans import Plan
 from lightning_compress.pruning.boxes import centred, cut, cut_masks, refusal, smallest_box
-from lightning_compress.pruning.operators import agree_on_modes
+from lightning_compress.pruning.operators import agree_on_modes, left_alone
 from lightning_compress.spectral import (
     dense_weight,
     is_spectral,
@@ -23,7 +23,6 @@ from lightning_compress.spectral import (
 )
 from lightning_compress.stats import Calibration
 from lightning_compress.tables import listing
-from lightning_compress.targets import plain_class, survey
 from lightning_compress.transform import Transform
 
 _OPTIONS = ("modes", "keep_ratio", "energy_ratio")
@@ -105,15 +104,8 @@ class TruncateModes(Transform):
         """
         if all(getattr(self, name) is None for name in _OPTIONS):
             raise ValueError(f"TruncateModes needs one of {', '.join(_OPTIONS)}.")
-        seen = survey(model, self.include, self.exclude)
         found = spectral_layers(model, self.include, self.exclude)
-        members = {id(m) for layer in found.values() for m in layer.modules()}
-        skipped = dict(seen.skipped)
-        for target in seen.targets:
-            if id(target.module) not in members:
-                skipped[target.key] = (
-                    f"{_kind(target.module)} is not a spectral convolution of neuraloperator"
-                )
+        skipped = left_alone(model, found, self.include, self.exclude)
         wanted = self._wanted(found)
         layers: dict[str, dict[str, Any]] = {}
         reduced, whole = [], bool(found)
@@ -199,10 +191,6 @@ class TruncateModes(Transform):
 
 def _names(layer: str) -> tuple[str, ...]:
     return layer, f"{layer}.weight", f"{layer}.weight.tensor"
-
-
-def _kind(layer: nn.Module) -> str:
-    return plain_class(layer).__name__
 
 
 def _times(sizes: Sequence[int]) -> str:

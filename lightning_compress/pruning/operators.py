@@ -1,4 +1,4 @@
-"""What models of neuraloperator say about themselves: after a change of structure, attributes and checkpoints agree."""
+"""Models of neuraloperator: what methods leave alone in them, and what they must say about themselves afterwards."""
 
 from __future__ import annotations
 
@@ -9,8 +9,30 @@ from typing import Any
 from torch import nn
 
 from lightning_compress.spectral import is_spectral, stored_modes
+from lightning_compress.targets import Patterns, plain_class, survey
 
 _Modes = tuple[list[int], tuple[int, ...]]  # in constructor units, and as stored
+
+
+def left_alone(
+    model: nn.Module, layers: Mapping[str, nn.Module], include: Patterns, exclude: Patterns
+) -> dict[str, str]:
+    """Why a method for spectral convolutions leaves the other parameters as they are.
+
+    Args:
+        model: any module.
+        layers: the spectral convolutions that it takes.
+        include: patterns of layer names to take.
+        exclude: patterns of layer names to leave.
+
+    Returns:
+        Full parameter name -> reason.
+    """
+    seen = survey(model, include, exclude)
+    members = {id(m) for layer in layers.values() for m in layer.modules()}
+    others = {t.key: plain_class(t.module).__name__ for t in seen.targets if id(t.module) not in members}
+    named = {k: f"{kind} is not a spectral convolution of neuraloperator" for k, kind in others.items()}
+    return seen.skipped | named
 
 
 def remember(model: nn.Module, **options: Any) -> None:

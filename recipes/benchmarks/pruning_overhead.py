@@ -18,13 +18,10 @@ machine, torch 2.15.0, lightning 2.6.6:
 
 from __future__ import annotations
 
-import argparse
 import copy
-import warnings
 
 import numpy as np
-from lightning.pytorch import seed_everything
-from turns import images, paired, step_times
+import turns
 
 import lightning_compress as lc
 from lightning_compress.models import resnet20
@@ -32,24 +29,13 @@ from lightning_compress.tables import text
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each fit")
-    parser.add_argument("--warmup", type=int, default=5, help="first steps, which do not count")
+    parser = turns.options(__doc__, steps=200, batch_size=64)
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--every", type=int, default=50, help="optimizer steps between mask updates")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(argv)
-    if options.steps < options.warmup + 3:
-        parser.error("--steps must be at least --warmup + 3")
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    seed_everything(options.seed, verbose=False)
-    data, net = images(options.batch_size), resnet20()
+    options = turns.parse(parser, argv)
+    data, net = turns.images(options.batch_size), resnet20()
     pruning = lc.ScheduledPruning(sparsity=options.sparsity, every=options.every)
-    times = step_times(
+    times = turns.step_times(
         {"plain": (copy.deepcopy(net), []), "ScheduledPruning": (net, [pruning])},
         data,
         steps=options.steps,
@@ -60,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = [[name, float(np.median(ms)), float(np.mean(ms))] for name, ms in times.items()]
     print(text(["training step", "median ms", "mean ms"], rows))
     plain, pruned = times.values()
-    ratios = paired(plain, pruned)
+    ratios = turns.paired(plain, pruned)
     low, middle, high = np.percentile(ratios, [25, 50, 75])
     print(f"\npaired ratios of {len(ratios)} steps: median {middle:.3f}, quartiles {low:.3f} and {high:.3f}")
     print(f"ratio of total times, mask updates included: {pruned.sum() / plain.sum():.3f}")

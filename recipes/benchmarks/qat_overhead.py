@@ -26,21 +26,18 @@ brevitas 0.13.4:
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
 import warnings
 from collections.abc import Callable
 
-import numpy as np
 import torch
-from lightning.pytorch import Callback, seed_everything
+import turns
+from lightning.pytorch import Callback
 from torch import Tensor, nn
-from turns import images, paired, step_times
 
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
 from lightning_compress.models import resnet20
-from lightning_compress.tables import text
 
 BITS = 4
 Fit = Callable[[nn.Module], tuple[nn.Module, list[Callback]]]
@@ -147,39 +144,24 @@ FITS: dict[str, Fit] = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each fit")
-    parser.add_argument("--warmup", type=int, default=5, help="first steps, which do not count")
+    parser = turns.options(__doc__, steps=60, batch_size=64)
     parser.add_argument("--only", nargs="*", default=list(FITS), choices=list(FITS), help="besides plain")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(argv)
-    if options.steps < options.warmup + 3:
-        parser.error("--steps must be at least --warmup + 3")
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    options = turns.parse(parser, argv)
     warnings.filterwarnings("ignore", ".*deprecated.*")
-    seed_everything(options.seed, verbose=False)
     names = [name for name in FITS if name in ("plain", *options.only)]
     if "brevitas" in names and importlib.util.find_spec("brevitas") is None:
         names.remove("brevitas")
         print("brevitas is not installed, so it is left out: pip install brevitas")
     net = resnet20()
-    times = step_times(
+    times = turns.step_times(
         {name: FITS[name](copy.deepcopy(net)) for name in names},
-        images(options.batch_size),
+        turns.images(options.batch_size),
         steps=options.steps,
         warmup=options.warmup,
         batch_size=options.batch_size,
         threads=options.threads,
     )
-    rows = []
-    for name, ms in times.items():
-        ratios = paired(times["plain"], ms) if name != "plain" else np.ones(1)
-        rows.append([name, float(np.median(ms)), *(float(q) for q in np.percentile(ratios, [50, 25, 75]))])
-    print(text(["training step", "median ms", "ratio to plain", "lower quartile", "upper quartile"], rows))
+    print(turns.table(times))
 
 
 if __name__ == "__main__":

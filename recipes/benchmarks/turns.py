@@ -6,18 +6,22 @@ with. A step is timed from one batch to the next: loop, forward, backward, optim
 
 from __future__ import annotations
 
+import argparse
 import logging
 import threading
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_compress.tables import text
 
 
 class Classifier(LightningModule):
@@ -136,3 +140,36 @@ def step_times(
 def paired(first: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Every step of another fit / the mean of the two steps of the first fit before and after it."""
     return other[:-1] / ((first[:-1] + first[1:]) / 2)
+
+
+def options(description: str | None, steps: int, batch_size: int) -> argparse.ArgumentParser:
+    """A parser with the options that every such benchmark has, and these defaults."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=steps, help="optimizer steps of each fit")
+    parser.add_argument("--warmup", type=int, default=5, help="first steps, which do not count")
+    parser.add_argument("--batch-size", type=int, default=batch_size)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The options, checked; the seed is set and Lightning's advice for larger fits silenced."""
+    given = parser.parse_args(argv)
+    if given.steps < given.warmup + 3:
+        parser.error("--steps must be at least --warmup + 3")
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    seed_everything(given.seed, verbose=False)
+    return given
+
+
+def table(times: Mapping[str, np.ndarray]) -> str:
+    """Median step of every fit, and quartiles of its ratio to neighbouring steps of the first."""
+    plain, *_ = times.values()
+    rows = []
+    for name, ms in times.items():
+        ratios = np.ones(1) if ms is plain else paired(plain, ms)
+        rows.append([name, float(np.median(ms)), *(float(q) for q in np.percentile(ratios, [50, 25, 75]))])
+    return text(["training step", "median ms", "ratio to plain", "lower quartile", "upper quartile"], rows)
