@@ -55,7 +55,7 @@ def places(modes, sizes, real, there):
 def close(a, b, tolerance=1e-10):
     b = torch.as_tensor(b)
     assert a.shape == b.shape and a.is_complex() == b.is_complex()
-    torch.testing.assert_close(a, b.to(a.dtype), rtol=0, atol=tolerance * (1 + float(b.abs().max())))
+    torch.testing.assert_close(a, b.to(a.dtype), rtol=0, atol=tolerance * (1 + float(b.detach().abs().max())))
 
 
 @settings(max_examples=150, deadline=None)
@@ -479,7 +479,7 @@ def test_export_and_compile():
     targets = {str(node.target) for node in program.graph.nodes}
     assert not any("fft" in t for t in targets) and any("bmm" in t for t in targets)
     close(program.module()(x).detach(), layer(x).detach(), 1e-5)
-    assert all(type(m) is torch.Tensor for m in [fourier._Waves("analysis", 8, 8, -2, 4, 1.0).like(x)])
+    assert fourier._kept.cache_info().currsize == 4  # of the call above; what was traced has kept nothing
     close(torch.compile(layer, backend="eager")(x).detach(), layer(x).detach(), 1e-5)
 
 

@@ -233,21 +233,59 @@ def test_the_matrix_of_every_kind_of_layer(kind):
     torch.testing.assert_close(after[f"net.0.{param}"], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_spectral_weights_are_complex_matrices():
-    fno = pytest.importorskip("neuralop.models").FNO(
-        n_modes=(4, 4), in_channels=1, out_channels=1, hidden_channels=4, n_layers=1
+def fno():
+    models = pytest.importorskip("neuralop.models")
+    torch.manual_seed(0)
+    return models.FNO(n_modes=(4, 4), in_channels=1, out_channels=1, hidden_channels=3, n_layers=1)
+
+
+SPECTRAL = "net.0.fno_blocks.convs.0.weight.tensor"  # [in, out, 4, 3], complex
+UNFOLDINGS = {
+    "channel_in": [lambda w: w.flatten(1)],
+    "channel_out": [lambda w: w.transpose(0, 1).flatten(1)],
+    "channel": [lambda w: w.flatten(1), lambda w: w.transpose(0, 1).flatten(1)],
+    "modes": [lambda w: w.flatten(0, 1).flatten(1)],
+    "tucker": [lambda w, k=k: w.movedim(k, 0).flatten(1) for k in range(4)],
+    "tt": [lambda w, k=k: w.flatten(k).reshape(-1, w.flatten(k).shape[-1]) for k in (1, 2, 3)],
+}
+
+
+@pytest.mark.parametrize("scheme", UNFOLDINGS)
+def test_spectral_weights_are_complex_matrices_one_for_every_thin_axis(scheme):
+    before, after = once(LowRankRegularization(strength=0.1, include="*convs*", matrix=scheme), Any(fno()))
+    weight = before[SPECTRAL]
+    expected = weight - 0.1 * sum(expected_gradients(weight, form) for form in UNFOLDINGS[scheme])
+    torch.testing.assert_close(after[SPECTRAL], expected.to(weight.dtype), rtol=1e-5, atol=1e-6)
+
+
+def test_proximal_steps_on_several_axes_follow_each_other():
+    callback = LowRankRegularization(strength=6.4, proximal=True, include="*convs*", matrix="channel")
+    before, after = once(callback, Any(fno(), lr=0.5))
+    left = before[SPECTRAL].numpy().astype(complex)
+    for axis in (0, 1):
+        unfolded = np.moveaxis(left, axis, 0)
+        u, s, vh = np.linalg.svd(unfolded.reshape(3, -1), full_matrices=False)
+        assert s.min() < 3.2 < s.max() or axis
+        left = np.moveaxis((u * np.maximum(s - 3.2, 0) @ vh).reshape(unfolded.shape), 0, axis)
+    np.testing.assert_allclose(after[SPECTRAL].numpy(), left, rtol=0, atol=1e-6)
+
+
+def test_real_channel_factors_have_a_real_matrix():
+    factorize = Factorize(real_channel=True, rank_ratio=0.4)
+    callback = LowRankRegularization(
+        strength=0.1, include="*convs*", matrix="channel_in", factorize=factorize
     )
-    before, after = once(LowRankRegularization(strength=0.5, include="*convs*"), Any(fno))
-    key = next(k for k in before if "convs" in k and before[k].is_complex())
-    weight = before[key]
-    moved = (weight - after[key]) / 0.5
-    choices = [
-        lambda w: w.flatten(1)[None],
-        lambda w: w.transpose(0, 1).flatten(1)[None],
-        lambda w: w.flatten(2).flatten(0, 1)[None],
-    ]
-    gradients = [expected_gradients(weight, form).to(weight.dtype) for form in choices]
-    assert min(float((moved - g).abs().max()) for g in gradients) < 1e-5
+    before, after = once(callback, Any(fno()))
+    weight = torch.view_as_real(before[SPECTRAL])
+    expected = weight - 0.1 * expected_gradients(weight, lambda w: w.flatten(1)).to(weight.dtype)
+    torch.testing.assert_close(torch.view_as_real(after[SPECTRAL]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_tensors_that_are_factorized_already_are_left_alone():
+    models = pytest.importorskip("neuralop.models")
+    net = models.TFNO(n_modes=(4, 4), in_channels=1, out_channels=1, hidden_channels=4, n_layers=1, rank=0.5)
+    with pytest.raises(MisconfigurationException, match="a factor of a tensor, whose ranks are set already"):
+        once(LowRankRegularization(include="*convs*"), Any(net))
 
 
 def test_auto_takes_the_matrix_that_factorize_takes_and_remembers_it():

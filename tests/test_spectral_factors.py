@@ -207,7 +207,7 @@ def test_numbers_and_multiplications(name, modes):
     weight = dense_weight(layer)
     kept = weight.shape[2:]
     for ranks in {(1,) * len(full(scheme, layer)), half(scheme, layer), full(scheme, layer)}:
-        made, _ = factorized(layer, scheme, ranks)
+        made = scheme.build(copy.deepcopy(layer), "weight.tensor", ranks)
         assert scheme.params(layer, weight, ranks) == numbers(made) == stored(name, 5, 7, kept, ranks)
         for size in ((12, 9, 8), (3, 4, 5)):
             x = torch.randn(2, 5, *size[: len(modes)])
@@ -243,7 +243,7 @@ def test_one_channel_factor_for_all_modes_is_smaller_than_dense_at_every_rank_of
         bound = weight.numel() / (i + weight.numel() / i)
         for r in range(1, i + 1):
             assert (SCHEMES["channel_in"].params(layer, weight, (r,)) < 2 * weight.numel()) == (r < bound)
-        assert bound > i - 1 or i < 4
+        assert bound > 23 or i < 24
 
 
 # -- below full rank ------------------------------------------------------------------------------------------
@@ -516,27 +516,20 @@ def test_gradients_of_factors_equal_those_through_the_dense_weight(name):
     if isinstance(made, SpectralFactors):
         merged = SCHEMES[name].merge(copy.deepcopy(made))
         merged(x).square().sum().backward()
-        g = dense_weight(merged).grad.to(torch.complex128)
-        core = dense_weight(made.spectral)
-        v = made.first.weight.flatten(1).double() if "channel_out" not in name else torch.eye(5).double()
-        u = made.second.weight.flatten(1).double() if "channel_in" not in name else torch.eye(7).double()
-        close(core.grad, torch.einsum("ai,ob,io...->ab...", v, u, g.real + 0 * g.real).to(torch.complex64).real + 0j
-              + 1j * torch.einsum("ai,ob,io...->ab...", v, u, g.imag).float(), 1e-4)  # fmt: skip
-    else:
-        twin = copy.deepcopy(made)
-        twin.zero_grad()
-        dense = dense_weight(twin)
-        leaf = dense.detach().clone().requires_grad_(True)
-        plain = conv((4, 4))
-        with torch.no_grad():
-            plain.bias.copy_(made.bias)
-            dense_weight(plain).copy_(leaf)
-        plain(x).square().sum().backward()
-        dense.backward(dense_weight(plain).grad)
-        for (key, ours), (_, theirs) in zip(
-            made.weight.named_parameters(), twin.weight.named_parameters(), strict=True
-        ):
-            close(ours.grad, theirs.grad, 1e-3), key
+        v = made.first.weight.flatten(1) if "channel_out" not in name else torch.eye(5)
+        u = made.second.weight.flatten(1) if "channel_in" not in name else torch.eye(7)
+        expected = torch.einsum("ai,bo,io...->ab...", v + 0j, u.mT + 0j, dense_weight(merged).grad)
+        close(dense_weight(made.spectral).grad, expected, 1e-4)
+        return
+    plain, twin = conv((4, 4)), copy.deepcopy(made)
+    twin.zero_grad()
+    dense = dense_weight(twin)
+    with torch.no_grad():
+        dense_weight(plain).copy_(dense)
+    plain(x).square().sum().backward()
+    dense.backward(dense_weight(plain).grad)
+    for ours, theirs in zip(made.weight.parameters(), twin.weight.parameters(), strict=True):
+        close(ours.grad, theirs.grad, 1e-3)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -607,10 +600,9 @@ def test_later_methods_find_the_factors(name):
         n for n, _ in model.named_parameters() if ".convs." in n and not n.endswith("bias")
     }
     pruned = lc.compress(model, [lc.Prune(0.5, include="fno_blocks.convs*")]).model
-    assert all(
-        0.3 < float((t.weight == 0).float().mean()) < 0.7 or t.weight.numel() < 100
-        for t in find(pruned, "fno_blocks.convs*")
-    )
+    weights = [t.weight for t in find(pruned, "fno_blocks.convs*")]
+    zeros, entries = sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)
+    assert abs(zeros - entries / 2) <= 1
 
 
 def test_axes_of_held_factors():

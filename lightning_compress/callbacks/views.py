@@ -58,7 +58,11 @@ class SchemeChooser:
             Parameter name -> scheme; None where none fits.
         """
         real = self.factorize is not None and self.factorize.real_channel
-        fit = {t.key: {s.name: s for s in schemes(real) if s.fits(t) is None} for t in targets}
+        fit: dict[str, dict[str, Scheme]] = {t.key: {} for t in targets}
+        for t in targets:
+            for scheme in schemes(real):
+                if scheme.fits(t) is None:
+                    fit[t.key].setdefault(scheme.name, scheme)
         undecided = []
         for t in targets:
             asked = (

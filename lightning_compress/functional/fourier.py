@@ -202,7 +202,8 @@ def _power(norm: str | None) -> float:
 
 def _along(x: Tensor, axis: int, matrix: Tensor) -> Tensor:
     """The product with every line of one axis: [.., n, *rest] with [m, n]."""
-    lines = x.reshape(-1, x.shape[axis], math.prod(x.shape[axis + 1 :]))
+    # Contractions leave the modes outermost in memory, where the product is three times slower.
+    lines = x.contiguous().reshape(-1, x.shape[axis], math.prod(x.shape[axis + 1 :]))
     made = torch.bmm(
         matrix.expand(lines.shape[0], -1, -1), lines
     )  # torch.matmul would copy the lines into one matrix

@@ -8,6 +8,7 @@ from lightning_compress.lowrank.convolutions import CONVOLUTION_SCHEMES
 from lightning_compress.lowrank.factors import Factors
 from lightning_compress.lowrank.matrices import MATRIX_SCHEMES
 from lightning_compress.lowrank.schemes import Scheme
+from lightning_compress.lowrank.spectral import REAL_SPECTRAL_SCHEMES, SPECTRAL_SCHEMES
 from lightning_compress.spectral import is_factorized, is_spectral
 from lightning_compress.targets import Target
 
@@ -21,10 +22,11 @@ def schemes(real: bool = False) -> tuple[Scheme, ...]:
     Returns:
         Schemes of linear layers and embeddings, of convolutions, and of spectral convolutions.
     """
-    return (*MATRIX_SCHEMES, *CONVOLUTION_SCHEMES)
+    spectral = REAL_SPECTRAL_SCHEMES if real else SPECTRAL_SCHEMES
+    return (*MATRIX_SCHEMES, *CONVOLUTION_SCHEMES, *spectral)
 
 
-def fitting(name: str, target: Target, real: bool) -> Scheme | None:
+def scheme_of(name: str, target: Target, real: bool) -> Scheme | None:
     """The scheme of a name for a target.
 
     Args:
@@ -47,7 +49,6 @@ def maker(layer: nn.Module) -> Scheme | None:
     Returns:
         The scheme; None for a layer without factors.
     """
-    name = layer.scheme if isinstance(layer, Factors) else None
-    if name is None and is_spectral(layer) and is_factorized(layer):
-        name = getattr(layer.weight, "scheme", "_Tensors")
-    return next((s for real in (False, True) for s in schemes(real) if type(s).__name__ == name), None)
+    if isinstance(layer, Factors):
+        return next((s for s in schemes(real=True) if type(s).__name__ == layer.scheme), None)
+    return SPECTRAL_SCHEMES[0] if is_spectral(layer) and is_factorized(layer) else None

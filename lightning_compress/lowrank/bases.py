@@ -24,7 +24,8 @@ from lightning_compress.lowrank.schemes import Decomposition, Ranks, equal_share
 from lightning_compress.stats import Stats
 from lightning_compress.targets import Target
 
-_STEPS = 32
+_STEPS = 32  # on a path
+_ROUNDS = 5  # of two factors in turn
 
 
 class BasisScheme(SpectralScheme):
@@ -166,24 +167,45 @@ class _ForOutputs(_Bases):
         return smallest(1, self.full[0], lambda r: self.error((r, outputs)) <= allowed), outputs
 
     def _solved(self, ranks: Ranks) -> tuple[Tensor, list[Tensor]]:
-        bases: dict[int, Tensor] = {}
-        core, real = self.weight, self.scheme.real
         asked = dict(zip(self.axes, ranks, strict=True))
-        for _ in range(2 if len(asked) == 2 and ranks != self.full else 1):
-            if 1 in asked:
-                # Of the outputs that the factor on axis 0 lets through, once it is known.
-                through = self.weight if 0 not in bases else self._through(bases[0])
-                bases[1] = output_basis(through, self.fit, real)[0][:, : asked[1]]
-                core = self.weight @ bases[1].to(core.dtype).conj()
-            if 0 in asked:
-                plain = bases.get(0, self.start[0][:, : asked[0]])
-                bases[0], core = input_factor(core, self.fit, asked[0], plain, real)
+        plain = dict(zip(self.axes, super()._solved(ranks)[1], strict=True))
+        if 1 not in asked:
+            basis, core = self._inputs(self.weight, asked[0], plain[0])
+            return self._arranged(core), [basis]
+        outputs = self._outputs(self.weight, asked[1])
+        if 0 not in asked:
+            return self._arranged(self._toward(outputs)), [outputs]
+        found = [(u, *self._inputs(self._toward(u), asked[0], plain[0])) for u in (outputs, plain[1])]
+        lost, (outputs, basis, core) = min(((self._lost(*f), f) for f in found), key=lambda entry: entry[0])
+        for _ in range(_ROUNDS if ranks != self.full else 0):
+            # Of what the factor on axis 0 lets through, the principal directions; then that factor for these.
+            through = basis.to(self.weight.dtype) @ fitted_core(self.weight, basis, self.fit)
+            outputs = self._outputs(through, asked[1])
+            basis, core = self._inputs(self._toward(outputs), asked[0], basis)
+            before, lost = lost, self._lost(outputs, basis, core)
+            if before - lost <= 1e-3 * before:
+                break
+        return self._arranged(core), [basis, outputs]
+
+    def _outputs(self, weight: Tensor, rank: int) -> Tensor:
+        return output_basis(weight, self.fit, self.scheme.real)[0][:, :rank]
+
+    def _inputs(self, weight: Tensor, rank: int, plain: Tensor) -> tuple[Tensor, Tensor]:
+        return input_factor(weight, self.fit, rank, plain, self.scheme.real)
+
+    def _toward(self, outputs: Tensor) -> Tensor:
+        """The weight in the coordinates of some directions of the outputs."""
+        return self.weight @ outputs.to(self.weight.dtype).conj()
+
+    def _lost(self, outputs: Tensor, basis: Tensor, core: Tensor) -> float:
+        product = basis.to(core.dtype) @ core @ outputs.to(core.dtype).mT
+        return output_energy(self.weight - product, self.fit)
+
+    def _arranged(self, core: Tensor) -> Tensor:
+        """[modes, a, b] as the core of the arranged weight."""
         made = core.permute(1, 2, 0)
         made = made.reshape(*made.shape[:2], *self.shape[2:])
-        return torch.view_as_real(made) if real else made, [bases[a] for a in self.axes]
-
-    def _through(self, basis: Tensor) -> Tensor:
-        return basis.to(self.weight.dtype) @ fitted_core(self.weight, basis, self.fit)
+        return torch.view_as_real(made) if self.scheme.real else made
 
 
 def smallest(low: int, high: int, enough: Callable[[int], bool]) -> int:

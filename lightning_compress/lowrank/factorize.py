@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_compress.cost import cost
-from lightning_compress.functional.allocate import multiple_choice_knapsack
-from lightning_compress.functional.factor import rank_from_ratio
-from lightning_compress.lowrank.all_schemes import fitting, schemes
-from lightning_compress.lowrank.schemes import Decomposition, Option, Ranks, Scheme, Shapes
+from lightning_compress.lowrank.all_schemes import scheme_of, schemes
+from lightning_compress.lowrank.budget import COSTS, allocate, present_costs
+from lightning_compress.lowrank.candidates import calls_of, candidates
+from lightning_compress.lowrank.ranks import Cut, Rule
+from lightning_compress.lowrank.schemes import Decomposition, Option, Scheme, Shapes
 from lightning_compress.names import lookup, matches
 from lightning_compress.plans import Plan
 from lightning_compress.stats import Calibration, Stats
 from lightning_compress.stats.matrices import bias_of, collected, corrected
-from lightning_compress.stats.running import call, first_tensor, observing
 from lightning_compress.tables import listing
-from lightning_compress.targets import Axes, Target, locate, plain_class, replace_modules, survey
+from lightning_compress.targets import Axes, Target, locate, replace_modules, survey
 from lightning_compress.transform import Transform
 
 _CRITERIA = ("rank_ratio", "energy_ratio", "params_ratio", "rank")
-_COSTS = ("params", "macs", "rank")
 _DEFAULT_RATIO = 0.5
 _NO_AXES = Axes(0, None)  # schemes go by the type of the layer
 
@@ -119,8 +115,8 @@ class Factorize(Transform):
                 if v is not None and not (v >= 1 if name == "rank" else 0 < v <= 1):
                     allowed = "rank >= 1" if name == "rank" else f"0 < {name} <= 1"
                     raise ValueError(f"{name}={v}{where}: allowed is {allowed}.")
-        if self.budget is not None and not (self.budget[0] in _COSTS and 0 < self.budget[1] <= 1):
-            raise ValueError(f"budget={self.budget}: allowed is one of {_COSTS} with a share in (0, 1].")
+        if self.budget is not None and not (self.budget[0] in COSTS and 0 < self.budget[1] <= 1):
+            raise ValueError(f"budget={self.budget}: allowed is one of {COSTS} with a share in (0, 1].")
         names = {s.name for s in schemes()}
         asked = self.scheme.values() if isinstance(self.scheme, Mapping) else [self.scheme]
         for name in asked:
@@ -150,39 +146,49 @@ class Factorize(Transform):
             ValueError: inputs are needed and there are none; a mapping that fits nothing; a budget that cannot be met.
         """
         inputs = dataclasses.replace(data or Calibration(seed=self.seed), samples=self.samples)
+        if self.activation_aware and not inputs.available:
+            raise ValueError(
+                "activation_aware=True looks at inputs: give compress() data= or example_input=."
+            )
+        if self.budget is not None and self.budget[0] == "macs" and not inputs.available:
+            raise ValueError("a budget of macs needs example_input= (or data=) to count them.")
         found = survey(model, self.include, self.exclude)
-        skipped = dict(found.skipped)
-        values = self._values(found.targets)
-        candidates: dict[str, list[Scheme]] = {}
+        values, skipped = self._values(found.targets), dict(found.skipped)
+        fitting: dict[str, list[Scheme]] = {}
         for t in found.targets:
-            fit, why = self._candidates(model, t)
-            if fit and t.key not in values:
+            asked = self.scheme if isinstance(self.scheme, str) else lookup(self.scheme, t.name, t.key)
+            usable, why = candidates(model, t, asked or "auto", self.real_channel)
+            if usable and t.key not in values:
                 why = f"no pattern of {self._criterion()[0]} fits"
             if why:
                 skipped[t.key] = why
             else:
-                candidates[t.key] = fit
-        targets = [t for t in found.targets if t.key in candidates]
-        calls = self._calls(model, targets, inputs)
-        seen, source = self._seen(model, targets, candidates, inputs, calls)
-        chosen: dict[str, tuple[Decomposition, Option]]
+                fitting[t.key] = usable
+        targets = [t for t in found.targets if t.key in fitting]
+        looks = inputs.available and (self.activation_aware or self.budget is not None)
+        calls = calls_of(model, targets, inputs.example(model)) if looks else {}
+        seen, note = self._seen(model, targets, fitting, inputs, calls) if self.activation_aware else ({}, "")
+        rule = Rule(self._criterion()[0], self.min_rank, self.max_rank, self.force, self.damping)
+        chosen: dict[str, Cut] = {}
         if self.budget is None:
-            chosen = {}
             for t in targets:
-                best, why = self._choose(t, candidates[t.key], values[t.key], seen.get(t.key), calls)
+                of = seen.get(t.key), calls.get(t.key, ())
+                best, why = rule.choose(t, fitting[t.key], values[t.key], *of)
                 if best is None:
                     skipped[t.key] = why
                 else:
                     chosen[t.key] = best
         else:
-            chosen, note = self._allocate(model, found.targets, candidates, seen, calls, inputs)
-            kept = {t.key: "the budget leaves it as it is" for t in targets if t.key not in chosen}
-            skipped |= kept
-            source = " ".join(part for part in (source, note) if part)
+            x = inputs.example(model) if self.budget[0] == "macs" else None
+            present = present_costs(model, found.targets, fitting, self.budget[0], x)
+            given = (found.targets, fitting, present, seen, calls)
+            chosen, spent = allocate(rule, self.budget, *given)
+            skipped |= {t.key: "the budget leaves it as it is" for t in targets if t.key not in chosen}
+            note = f"{note} {spent}".strip()
         layers = {
             t.key: self._decided(t, *chosen[t.key], seen.get(t.key)) for t in targets if t.key in chosen
         }
-        return Plan(layers, skipped, data=source)
+        return Plan(layers, skipped, data=note)
 
     def _criterion(self) -> tuple[str, Any]:
         for name in _CRITERIA:
@@ -202,63 +208,11 @@ class Factorize(Transform):
         found = {t.key: lookup(value, t.name, t.key) for t in targets}
         return {key: v for key, v in found.items() if v is not None}
 
-    def _candidates(self, model: nn.Module, target: Target) -> tuple[list[Scheme], str]:
-        """The schemes a target may take, or why there are none."""
-        asked = self.scheme
-        name = asked if isinstance(asked, str) else lookup(asked, target.name, target.key) or "auto"
-        why = _refusal(model, target)
-        if why:
-            return [], why
-        usable, reasons = [], []
-        for scheme in schemes(self.real_channel):
-            reason = scheme.fits(target)
-            if reason is None:
-                usable.append(scheme)
-            elif reason and name in ("auto", scheme.name):
-                reasons.append(reason)
-        wanted = [s for s in usable if name in ("auto", s.name)]
-        if name == "auto":
-            wanted = [s for s in wanted if s.automatic]
-        if wanted:
-            return wanted, ""
-        if reasons:
-            return [], reasons[0]
-        kind = plain_class(target.module).__name__
-        return (
-            [],
-            f"{kind} has no scheme {name!r}" if usable else f"there is no scheme for {kind}.{target.param}",
-        )
-
-    def _calls(
-        self, model: nn.Module, targets: Sequence[Target], inputs: Calibration
-    ) -> dict[str, list[Shapes]]:
-        """Shapes of the inputs and outputs of every layer in one forward pass; empty without an input."""
-        if not inputs.available or not (self.activation_aware or self.budget):
-            return {}
-        calls: dict[str, list[Shapes]] = {t.key: [] for t in targets}
-
-        def note(key: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            given, made = first_tensor((args, kwargs)), first_tensor(output)
-            if given is not None and made is not None:
-                calls[key].append((tuple(given.shape), tuple(made.shape)))
-
-        hooks = [
-            t.module.register_forward_hook(partial(note, t.key), with_kwargs=True, always_call=False)
-            for t in targets
-        ]
-        try:
-            with observing(model):
-                call(model, inputs.example(model))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return calls
-
     def _seen(
         self,
         model: nn.Module,
         targets: Sequence[Target],
-        candidates: Mapping[str, Sequence[Scheme]],
+        fitting: Mapping[str, Sequence[Scheme]],
         inputs: Calibration,
         calls: Mapping[str, Sequence[Shapes]],
     ) -> tuple[dict[str, Stats], str]:
@@ -277,152 +231,9 @@ class Factorize(Transform):
                     f"{t.name} is not reached by the calibration inputs: its own SVD decides, not its outputs.",
                     stacklevel=2,
                 )
-            looks = reached and any(s.gram for s in candidates[t.key])
+            looks = reached and any(s.gram for s in fitting[t.key])
             wanted[t.key] = ["gram", "input_mean"] if looks else []
         return collected(model, targets, inputs, wanted), inputs.describe(model)
-
-    def _clip(self, ranks: Ranks, full: Ranks) -> Ranks:
-        most = math.inf if self.max_rank is None else self.max_rank
-        return tuple(int(min(max(r, self.min_rank), most, f)) for r, f in zip(ranks, full, strict=True))
-
-    def _choose(
-        self,
-        target: Target,
-        usable: Sequence[Scheme],
-        value: float,
-        seen: Stats | None,
-        calls: Mapping[str, Sequence[Shapes]],
-    ) -> tuple[tuple[Decomposition, Option] | None, str]:
-        """The scheme that loses least per number saved, at the rank of the criterion; or why there is none."""
-        name, _ = self._criterion()
-        dense = _numbers(target.weight)
-        options: list[tuple[Decomposition, Option]] = []
-        reasons = []
-        for scheme in usable:
-            size = partial(scheme.params, target.module, target.weight)
-            cut = _decomposed(target, scheme, seen, self.damping)
-            if name == "rank_ratio":
-                ranks = tuple(rank_from_ratio(value, f) for f in cut.full)
-            elif name == "energy_ratio":
-                ranks = cut.at_energy(value)
-            elif name == "rank":
-                ranks = tuple(min(int(value), f) for f in cut.full)
-            else:
-                fitting = [r for r in cut.path() if size(r) <= value * dense]
-                if not fitting:
-                    least = cut.path()[0]
-                    reasons.append(
-                        f"even rank {_written(least)} ({scheme.name}) stores {size(least)} numbers, "
-                        f"{size(least) / dense:.2f} of the layer's {dense}: params_ratio={value} is below that"
-                    )
-                    continue
-                ranks = fitting[-1]
-            ranks = self._clip(ranks, cut.full)
-            if size(ranks) >= dense and not self.force:
-                saving = [r for r in cut.path() if size(r) < dense]
-                most = f"the largest that saves is {_written(saving[-1])}" if saving else "no rank saves"
-                reasons.append(
-                    f"rank {_written(ranks)} of {_written(cut.full)} ({scheme.name}) stores {size(ranks)} numbers, "
-                    f"the layer {dense}: {most}"
-                )
-                continue
-            options.append((cut, self._option(target, scheme, cut, ranks, calls)))
-        if not options:
-            return None, reasons[0]
-
-        def per_saved(entry: tuple[Decomposition, Option]) -> float:
-            saved = dense - entry[1].params
-            return entry[1].error / saved if saved > 0 else math.inf
-
-        return min(options, key=per_saved), ""
-
-    @staticmethod
-    def _option(
-        target: Target,
-        scheme: Scheme,
-        cut: Decomposition,
-        ranks: Ranks,
-        calls: Mapping[str, Sequence[Shapes]],
-    ) -> Option:
-        of = target.module, target.weight, ranks
-        macs = scheme.macs(*of, calls[target.key]) if calls else math.nan
-        return Option(scheme.name, ranks, scheme.params(*of), macs, max(cut.error(ranks), 0.0))
-
-    def _allocate(
-        self,
-        model: nn.Module,
-        everything: Sequence[Target],
-        candidates: Mapping[str, Sequence[Scheme]],
-        seen: Mapping[str, Stats],
-        calls: Mapping[str, list[Shapes]],
-        inputs: Calibration,
-    ) -> tuple[dict[str, tuple[Decomposition, Option]], str]:
-        """Ranks of all layers together under the budget, and what was spent."""
-        assert self.budget is not None
-        unit, share = self.budget
-        if unit == "macs" and not inputs.available:
-            raise ValueError("a budget of macs needs example_input= (or data=) to count them.")
-        present = self._present(model, everything, candidates, unit, inputs)
-        items: list[list[tuple[Decomposition | None, Option]]] = []
-        keys = []
-        for t in everything:
-            dense = Option("dense", (), _numbers(t.weight), present[t.key], 0.0)
-            entries: list[tuple[Decomposition | None, Option]] = [(None, dense)]
-            for scheme in candidates.get(t.key, ()):
-                cut = _decomposed(t, scheme, seen.get(t.key), self.damping)
-                path = dict.fromkeys(self._clip(r, cut.full) for r in cut.path())
-                options = [self._option(t, scheme, cut, r, calls) for r in path]
-                entries += [(cut, o) for o in options if _spent(o, unit) < present[t.key]]
-            items.append(entries)
-            keys.append(t.key)
-        costs = [
-            [int(present[key])] + [int(_spent(o, unit)) for _, o in entries[1:]]
-            for key, entries in zip(keys, items, strict=True)
-        ]
-        total = sum(int(v) for v in present.values())
-        limit = math.floor(share * total)
-        least = sum(min(row) for row in costs)
-        if least > limit:
-            raise ValueError(
-                f"budget={self.budget} allows {limit:,} {unit} of {total:,}, but rank {self.min_rank} everywhere still "
-                f"costs {least:,}: the smallest share that can be reached is {least / total:.4f}."
-            )
-        solved = multiple_choice_knapsack([[o.error for _, o in row] for row in items], costs, limit)
-        chosen = {}
-        for key, entries, k in zip(keys, items, solved.choice, strict=True):
-            best, option = entries[k]
-            if best is not None:
-                chosen[key] = (best, option)
-        note = (
-            f"{unit}={solved.cost} budget={limit} of={total} error={solved.loss:.4g} bound={solved.bound:.4g} "
-            f"gap={(solved.gap / solved.loss if solved.loss else 0.0):.2%}"
-        )
-        return chosen, note
-
-    @staticmethod
-    def _present(
-        model: nn.Module,
-        targets: Sequence[Target],
-        candidates: Mapping[str, Sequence[Scheme]],
-        unit: str,
-        inputs: Calibration,
-    ) -> dict[str, float]:
-        """What every target costs as it is."""
-        if unit == "params":
-            return {t.key: _numbers(t.weight) for t in targets}
-        if unit == "rank":
-            full = {t.key: candidates.get(t.key, ()) for t in targets}
-            return {
-                key: max((sum(s.full(t.module, t.weight)) for s in full[key]), default=0)
-                for key, t in ((t.key, t) for t in targets)
-            }
-        counted = {
-            layer.name: layer.macs - layer.fft_macs for layer in cost(model, inputs.example(model)).layers
-        }
-        spent: dict[str, float] = {}
-        for t in targets:  # the layer's MACs once, at its first weight
-            spent[t.key] = counted.pop(t.name, 0.0)
-        return spent
 
     def _decided(
         self, target: Target, cut: Decomposition, option: Option, seen: Stats | None
@@ -480,11 +291,8 @@ class Factorize(Transform):
         todo = []
         for key, decided in plan.layers.items():
             module, weight = locate(model, decided["layer"], decided["param"])
-            scheme = fitting(
-                decided["scheme"],
-                Target(decided["layer"], module, decided["param"], _NO_AXES),
-                bool(decided["real"]),
-            )
+            target = Target(decided["layer"], module, decided["param"], _NO_AXES)
+            scheme = scheme_of(decided["scheme"], target, bool(decided["real"]))
             full = () if scheme is None else scheme.full(module, weight)
             ranks = tuple(int(r) for r in decided["ranks"])
             fits = len(ranks) == len(full) and all(1 <= r <= f for r, f in zip(ranks, full, strict=True))
@@ -507,38 +315,3 @@ class Factorize(Transform):
                     bias: Any = module._parameters["bias"]
                     bias.copy_(decided["bias"])
         replace_modules(model, replacements)
-
-
-def _decomposed(target: Target, scheme: Scheme, seen: Stats | None, damping: float) -> Decomposition:
-    try:
-        return scheme.decompose(target, seen, damping)
-    except ValueError as error:
-        raise ValueError(f"{target.key}: {error}") from error
-
-
-def _refusal(model: nn.Module, target: Target) -> str:
-    """Why no scheme may touch a target, or ""."""
-    layer = target.module
-    holders = [m for m in model.modules() if any(p is target.weight for p in m._parameters.values())]
-    if len(holders) > 1:
-        return f"its weight is shared with {', '.join(target.aliases)}: factors of one would untie them"
-    if any(getattr(part, "auxiliary", False) for part in layer.modules()):
-        return "its weight or its inputs are quantized: factorize first"
-    if layer is model and not target.weight.is_complex():
-        return "it is the whole model: put it into nn.Sequential to replace it"
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        return "it has forward hooks, which would be lost"
-    return ""
-
-
-def _numbers(weight: Tensor) -> int:
-    """Real numbers of a weight."""
-    return weight.numel() * (2 if weight.is_complex() else 1)
-
-
-def _spent(option: Option, unit: str) -> float:
-    return sum(option.ranks) if unit == "rank" else float(getattr(option, unit))
-
-
-def _written(ranks: Ranks) -> str:
-    return str(ranks[0]) if len(ranks) == 1 else str(ranks)
