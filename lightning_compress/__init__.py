@@ -17,6 +17,8 @@ from lightning_compress.finalize import finalize
 from lightning_compress.fusion import FuseBatchNorm
 from lightning_compress.lowrank import Factorize, MergeFactors
 from lightning_compress.metrics import OutputErrorRate, RelativeL2Error
+from lightning_compress.pruning.fourier import PartialFourier
+from lightning_compress.pruning.modes import TruncateModes
 from lightning_compress.pruning.sparsify import Prune
 from lightning_compress.quantization import Log2, MiniFloat, PerChannel, PerGroup, PerTensor, Quantize
 from lightning_compress.targets import Axes, find, register
@@ -35,6 +37,7 @@ __all__ = [
     "MiniFloat",
     "NothingChangedError",
     "OutputErrorRate",
+    "PartialFourier",
     "PerChannel",
     "PerGroup",
     "PerTensor",
@@ -45,6 +48,7 @@ __all__ = [
     "RelativeL2Error",
     "ScheduledPruning",
     "Transform",
+    "TruncateModes",
     "benchmark",
     "compress",
     "cost",

@@ -16,7 +16,7 @@ from recipes import neural_operators as recipe
 
 pytest.importorskip("neuralop.models")
 pytest.importorskip("scipy.sparse.linalg")
-SMALL = {"fno": "6", "tfno": "6", "uno": "6", "codano": "4"}
+LAYERS = {"fno": "2", "tfno": "1", "uno": "4", "codano": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,10 @@ def restored(file: str) -> tuple[nn.Module, dict]:
 
 
 def error(net: nn.Module, known: dict, pack: Path, size: int) -> float:
+    stored, every = (32, 4) if size == 8 else (size, 1)
     with np.load(pack) as fields, torch.no_grad():
-        x, y = (torch.from_numpy(fields[f"{k}_test_{size}"].astype(np.float32))[:, None] for k in "xy")
+        x, y = (fields[f"{k}_test_{stored}"][:, None, ::every, ::every].astype(np.float32) for k in "xy")
+        x, y = torch.from_numpy(x), torch.from_numpy(y)
         return relative_l2_error(net(x) * known["std"] + known["mean"], y, 2).item()
 
 
@@ -144,10 +146,10 @@ def test_neuraloperators_files_are_fetched_checked_and_read(monkeypatch, capsys)
 # -- verbs -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", list(SMALL))
+@pytest.mark.parametrize("model", list(LAYERS))
 def test_every_model_trains_quietly_and_is_evaluated(model: str, pack: Path, capsys) -> None:
-    argv = ["--data", str(pack), "--output-dir", "out"]
-    sizes = ["--width", SMALL[model], "--n-modes", "6", "6", "--layers", "4" if model == "uno" else "2"]
+    argv = ["--data", str(pack), "--output-dir", "out", "--resolutions", "8", "16"]
+    sizes = ["--width", "4", "--n-modes", "6", "6", "--layers", LAYERS[model], "--train-resolution", "16"]
     recipe.main(["train", "--model_type", model, *sizes, "--epochs", "1", "--batch_size", "4", *argv])
     printed = capsys.readouterr().out
     assert "conv_type" not in printed and "this model" in printed  # the constructors of two models print
@@ -155,7 +157,7 @@ def test_every_model_trains_quietly_and_is_evaluated(model: str, pack: Path, cap
     assert known["config"]["model"] == model
     recipe.main(["evaluate", "--checkpoint", f"out/{model}.pt", *argv])  # what it is stands beside it
     found = json.loads(Path(f"out/{model}_evaluated.json").read_text())["evaluation"]
-    assert [row["name"] for row in found] == ["16", "32"]
+    assert [row["name"] for row in found] == ["8", "16"]
     net = recipe.build(known["config"]).eval()
     net.load_state_dict(torch.load(f"out/{model}.pt", weights_only=True), strict=False)
     for row in found:
@@ -248,7 +250,11 @@ def test_smaller_structures(verb: str, more: list[str], trained: Path, pack: Pat
                 row["params"] <= row["baseline"]["params"]
                 and row["file_bytes"] < row["baseline"]["file_bytes"]
             )
-    assert "spectral" in more or known["evaluation"][0]["macs"] < known["evaluation"][0]["baseline"]["macs"]
+    row = known["evaluation"][0]
+    if (
+        verb != "factorize" and "spectral" not in more
+    ):  # half of the rank of a square contraction is as many products
+        assert row["macs"] < row["baseline"]["macs"]
 
 
 def test_an_archive_is_a_checkpoint(trained: Path, pack: Path) -> None:

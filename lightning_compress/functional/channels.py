@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_compress.functional.factor import svd, whitening
 
-_ROUNDS, _STEPS = 3, 8  # alternations, and steps of conjugate gradients in each
+_ROUNDS, _STEPS = 2, 5  # alternations, and steps of conjugate gradients in each
 _FLOOR = 1e-6  # of the mean energy: modes that no input reached are fitted as they are
 
 
@@ -92,9 +92,15 @@ def fitted_core(weight: Tensor, basis: Tensor, metric: Tensor) -> Tensor:
         1.0
     """
     metric = metric.to(weight.dtype)
-    seen = basis.to(weight.dtype).mH @ metric
-    core: Tensor = torch.linalg.solve(seen @ basis.to(weight.dtype), seen @ weight)
-    return core
+    return _fitted(basis, metric, metric @ weight)[0]
+
+
+def _fitted(basis: Tensor, metric: Tensor, pulled: Tensor) -> tuple[Tensor, float]:
+    """Cores for ``S W``, and the energy of the outputs that they keep."""
+    wide = basis.to(pulled.dtype)
+    known = wide.mH @ pulled
+    core: Tensor = torch.linalg.solve(wide.mH @ (metric @ wide), known)
+    return core, float((core.conj() * known).sum().real)
 
 
 def input_factor(
@@ -122,18 +128,14 @@ def input_factor(
         True
     """
     metric = metric.to(weight.dtype)
-    best = None
-    for given in (plain, _whitened(weight, metric, rank, real)):
-        basis = torch.linalg.qr(given)[0]
-        core = fitted_core(weight, basis, metric)
-        lost = output_energy(weight - basis.to(core.dtype) @ core, metric)
-        if best is None or lost < best[0]:
-            best = lost, basis, core
-    assert best is not None
-    _, basis, core = best
+    pulled = metric @ weight
+    starts = [torch.linalg.qr(given)[0] for given in (plain, _whitened(weight, metric, rank, real))]
+    fits = [_fitted(basis, metric, pulled) for basis in starts]
+    best = 0 if fits[0][1] >= fits[1][1] else 1
+    basis, core = starts[best], fits[best][0]
     for _ in range(_ROUNDS if rank < weight.shape[1] else 0):
-        basis = torch.linalg.qr(_improved(weight, basis, core, metric))[0]
-        core = fitted_core(weight, basis, metric)
+        basis = torch.linalg.qr(_improved(pulled, basis, core, metric))[0]
+        core = _fitted(basis, metric, pulled)[0]
     return basis, core
 
 
@@ -147,7 +149,7 @@ def _whitened(weight: Tensor, metric: Tensor, rank: int, real: bool) -> Tensor:
     return inverse @ svd(matrix)[0][:, :rank]
 
 
-def _improved(weight: Tensor, basis: Tensor, core: Tensor, metric: Tensor) -> Tensor:
+def _improved(pulled: Tensor, basis: Tensor, core: Tensor, metric: Tensor) -> Tensor:
     """A better V for these G: conjugate gradients on ``sum S_m V (G_m G_m^H) = sum S_m W_m G_m^H``."""
     squares = core @ core.mH
 
@@ -157,7 +159,7 @@ def _improved(weight: Tensor, basis: Tensor, core: Tensor, metric: Tensor) -> Te
     def applied(v: Tensor) -> Tensor:
         return kind((metric @ v.to(core.dtype) @ squares).sum(0))
 
-    rest = kind((metric @ weight @ core.mH).sum(0)) - applied(basis)
+    rest = kind((pulled @ core.mH).sum(0)) - applied(basis)
     step, size = rest, rest.abs().square().sum()
     for _ in range(_STEPS):
         moved = applied(step)

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from lightning_compress.functional.factor import hosvd, svd
 
-_BLOCK = 1 << 24  # entries of the largest intermediate of the CP sweeps
+_BLOCK = 1 << 24  # entries of the products of factors that a CP sweep forms at a time
 _PULL = 1e-6  # how strongly a CP sweep holds on to the factors before it, against near-singular systems
 
 
@@ -187,7 +187,7 @@ def train_product(cores: Sequence[Tensor]) -> Tensor:
 
 
 def canonical(
-    tensor: Tensor, rank: int, *, sweeps: int = 100, tolerance: float = 1e-4, seed: int = 0
+    tensor: Tensor, rank: int, *, sweeps: int = 200, tolerance: float = 2e-5, seed: int = 0
 ) -> list[Tensor]:
     """Canonical (CP) decomposition by alternating least squares: ``X ~ sum_r a_r o b_r o ... o z_r``.
 
@@ -216,23 +216,29 @@ def canonical(
     total = energy(wide)
     if total == 0:
         return [wide.new_zeros(size, rank) for size in wide.shape]
-    axes = range(wide.dim())
     generator = torch.Generator().manual_seed(seed)
     factors = []
-    for u in hosvd(wide, axes)[0]:
+    for u in hosvd(wide, range(wide.dim()))[0]:
         drawn = torch.randn(u.shape[0], rank, dtype=u.dtype, generator=generator)
         factors.append(torch.cat([u, drawn / math.sqrt(u.shape[0])], 1)[:, :rank])
+    middle = wide.dim() // 2
+    halves = list(range(middle)), list(range(middle, wide.dim()))
     lost = math.inf
     for _ in range(sweeps):
-        for k in axes:
-            known = _seen_through(wide, factors, k)
-            system = _gram_of_terms([f for j, f in enumerate(factors) if j != k])
-            pull = _PULL * float(system.diagonal().real.mean())
-            system = system + pull * torch.eye(rank, dtype=system.dtype)
-            factors[k] = torch.linalg.solve(system, known + pull * factors[k], left=False)
+        for half in halves:
+            through = _seen_through(wide, factors, half)
+            for k in half:
+                known = through
+                for place, j in reversed(list(enumerate(half))):
+                    if j != k:
+                        known = (known.movedim(place, -2) * factors[j].conj()).sum(-2)
+                system = _gram_of_terms([f for j, f in enumerate(factors) if j != k])
+                pull = _PULL * float(system.diagonal().real.mean())
+                system = system + pull * torch.eye(rank, dtype=system.dtype)
+                factors[k] = torch.linalg.solve(system, known + pull * factors[k], left=False)
+        cross = float((known * factors[-1].conj()).sum().real)
+        before, lost = lost, (total - 2 * cross + float(_gram_of_terms(factors).sum().real)) / total
         _even(factors)
-        cross = (_seen_through(wide, factors, 0) * factors[0].conj()).sum().real
-        before, lost = lost, float(total - 2 * cross + _gram_of_terms(factors).sum().real) / total
         if before - lost <= tolerance * lost or lost < 1e-14:
             break
     order = factors[0].abs().square().sum(0).argsort(descending=True)
@@ -266,20 +272,18 @@ def _gram_of_terms(factors: Sequence[Tensor]) -> Tensor:
     return made
 
 
-def _seen_through(tensor: Tensor, factors: Sequence[Tensor], axis: int) -> Tensor:
-    """``X_(k) conj(K)``, [n_k, rank], a block of terms at a time."""
-    rank = factors[0].shape[1]
-    others = [j for j in range(tensor.dim()) if j != axis]
-    turned = tensor.movedim(axis, 0)
-    block = max(1, _BLOCK * turned.shape[-1] // tensor.numel())
+def _seen_through(tensor: Tensor, factors: Sequence[Tensor], kept: Sequence[int]) -> Tensor:
+    """The tensor contracted with ``conj(A_j)`` on all other axes, term by term: [n_k of the kept axes, rank]."""
+    others = [j for j in range(tensor.dim()) if j not in kept]
+    sizes = [tensor.shape[k] for k in kept]
+    matrix = tensor.permute(*kept, *others).reshape(math.prod(sizes), -1)
     parts = []
-    for first in range(0, rank, block):
-        columns = [factors[j][:, first : first + block].conj() for j in others]
-        made = turned @ columns[-1]
-        for factor in reversed(columns[:-1]):
-            made = torch.einsum("...nr,nr->...r", made, factor)
-        parts.append(made)
-    return torch.cat(parts, 1)
+    for first in range(0, factors[0].shape[1], block := max(1, _BLOCK // matrix.shape[1])):
+        terms = factors[others[0]][:, first : first + block].conj()
+        for j in others[1:]:
+            terms = (terms[:, None] * factors[j][:, first : first + block].conj()).flatten(0, 1)
+        parts.append(matrix @ terms)
+    return torch.cat(parts, 1).reshape(*sizes, -1)
 
 
 def _even(factors: list[Tensor]) -> None:

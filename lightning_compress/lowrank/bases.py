@@ -25,7 +25,7 @@ from lightning_compress.stats import Stats
 from lightning_compress.targets import Target
 
 _STEPS = 32  # on a path
-_ROUNDS = 5  # of two factors in turn
+_ROUNDS = 3  # of two factors in turn
 
 
 class BasisScheme(SpectralScheme):
@@ -92,10 +92,11 @@ class _Bases(Decomposition):
         self.start, values = hosvd(self.tensor, self.axes)
         self.lost = [tails(s) for s in values]
         self.full = tuple(len(s) for s in values)
+        self.direct = len(self.axes) == 1  # one SVD has the answer for every rank
         self.cuts: dict[Ranks, tuple[Tensor, list[Tensor]]] = {}
 
     def error(self, ranks: Ranks) -> float:
-        if len(self.axes) == 1:
+        if self.direct:
             return float(self.lost[0][ranks[0]])
         total = energy(self.tensor)
         return (
@@ -117,9 +118,9 @@ class _Bases(Decomposition):
         return self._complex(tucker_product(core, bases, self.axes)).reshape(self.shape)
 
     def path(self) -> list[Ranks]:
-        """At most 32 steps where bases on several axes are iterated."""
+        """At most 32 steps where each takes iterations."""
         every = equal_shares(self.full)
-        return every if len(self.axes) == 1 else thinned(every)
+        return every if self.direct else thinned(every)
 
     def _cut(self, ranks: Ranks) -> tuple[Tensor, list[Tensor]]:
         """Core and bases of the arranged weight."""
@@ -144,6 +145,7 @@ class _ForOutputs(_Bases):
         self, scheme: BasisScheme, layer: Any, weight: Tensor, metric: Tensor, damping: float
     ) -> None:
         super().__init__(scheme, layer, weight)
+        self.direct = False
         self.weight = weight.to(torch.complex128).flatten(2).permute(2, 0, 1)  # [modes, in, out]
         self.metric, self.fit = metric, damped(metric, damping)
         self.total = output_energy(self.weight, metric)

@@ -174,10 +174,9 @@ def _forward(base: Any) -> Callable[..., Tensor]:
             return cast(Tensor, base.forward(self, x, output_shape))
         there, back = (partial_rfftn, partial_irfftn) if real else (partial_fftn, partial_ifftn)
         product = self._contract(there(x, kept, self.fft_norm), weight, separable=self.separable)
-        out = back(
-            product.to(torch.cfloat), sizes, self.fft_norm, given
-        )  # in single precision, as in the FFT's place
-        return out if self.bias is None else out + self.bias
+        # In single precision, as in the FFT's place; the sum in place, since nothing else holds the result.
+        out = back(product.to(torch.cfloat), sizes, self.fft_norm, given)
+        return out if self.bias is None else out.add_(self.bias)
 
     return forward
 

@@ -83,7 +83,7 @@ class Prune(Transform):
         for pattern, share in shares.items():
             if not 0 <= share < 1:
                 where = f" for {pattern!r}" if pattern else ""
-                extra = " (1 would remove the layer)" if share == 1 else ""
+                extra = " (1 would remove the layer): use DropLayers for that" if share == 1 else ""
                 raise ValueError(f"sparsity={share}{where}: allowed is 0 <= sparsity < 1{extra}.")
         if self.scope not in _SCOPES:
             raise ValueError(f"scope={self.scope!r} is unknown; allowed: {', '.join(_SCOPES)}.")
