@@ -9,6 +9,27 @@
 The verbs are download, train, evaluate, prune, factorize, drop-layers, truncate, quantize and sweep; ``VERB --help``
 lists the options of one. Without ``--data`` Darcy flow is generated (once; needs SciPy), without ``--checkpoint`` a
 small operator is trained first.
+
+Measured on 25 Darcy test fields: relative L2 error in % at 16 / at 32, training at 16 on 1,000 fields (an ``.npz``
+pack), FNO of 191,881 real numbers, seed 0, one run each:
+
+                                                L2              file_bytes
+    train --epochs 40 --lr 3e-3                  9.36 / 11.50      637,979
+      neuraloperator's own Trainer, the same     9.41 / 11.47
+    train --epochs 40 --lr 5e-4                 12.61 / 14.44      637,486
+      neuraloperator's own Trainer, the same    12.50 / 14.33
+    train --model codano --epochs 20 --lr 3e-3  12.74 / 14.85      392,910
+
+From another checkpoint, trained for 40 epochs (9.04 / 10.97, 638,905 bytes):
+
+    quantize --precision int8 --data-free        9.07 / 11.00      172,268
+    quantize --precision int4                   10.01 / 11.65       85,752
+      --finetune-epochs 10 --finetune-lr 1e-3    9.07 / 11.05       85,930
+    prune --sparsity 0.5                        24.94 / 25.68      339,818
+      --finetune-epochs 10 --finetune-lr 1e-3    9.16 / 11.24      339,296
+
+40 epochs of the FNO take two to four minutes. Machine: 2 shared cores of an Intel Xeon at 2.1 GHz, CPU only. Python
+3.11, torch 2.15.0, lightning 2.6.6, neuraloperator 2.0.0.
 """
 
 from __future__ import annotations
@@ -37,7 +58,7 @@ from lightning_compress.checkpoints import load_weights
 from lightning_compress.functional.darcy import darcy
 from lightning_compress.metrics import RelativeH1Error, RelativeL2Error
 from lightning_compress.quantization import parameter_groups
-from lightning_compress.spectral import spectral_layers
+from lightning_compress.spectral import is_factorized, spectral_layers
 from lightning_compress.tables import text
 
 # -- data ----------------------------------------------------------------------------------------------------
@@ -194,42 +215,46 @@ def download(options: argparse.Namespace) -> None:
 
 def build(config: dict[str, Any]) -> nn.Module:
     """A fresh operator; the constructors of UNO and CODANO print, which is kept off the screen."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return construct(config)
+
+
+def construct(config: dict[str, Any]) -> nn.Module:
     from neuralop import models
 
     width, modes, layers = config["width"], tuple(config["n_modes"]), config["layers"]
     ports = {"in_channels": 1, "out_channels": 1, "hidden_channels": width, "n_layers": layers}
-    with contextlib.redirect_stdout(io.StringIO()):
-        if config["model"] == "fno":
-            return models.FNO(n_modes=modes, **ports, projection_channel_ratio=2)
-        if config["model"] == "tfno":
-            rank = config["rank"]
-            return models.TFNO(n_modes=modes, **ports, projection_channel_ratio=2, rank=rank)
-        if config["model"] == "uno":
-            # One level down and up again; the mixing skip must follow the size, which soft gating cannot.
-            inner = [1.0] * (layers - 4)
-            scalings = [[s] * len(modes) for s in (1.0, 0.5, *inner, 2.0, 1.0)]
-            return models.UNO(
-                **ports,
-                lifting_channels=2 * width,
-                projection_channels=2 * width,
-                uno_out_channels=[width] * layers,
-                uno_n_modes=[list(modes)] * layers,
-                uno_scalings=scalings,
-                channel_mlp_skip="linear",
-            )
-        return models.CODANO(
-            output_variable_codimension=1,
-            hidden_variable_codimension=width,
+    if config["model"] == "fno":
+        return models.FNO(n_modes=modes, **ports, projection_channel_ratio=2)
+    if config["model"] == "tfno":
+        rank = config["rank"]
+        return models.TFNO(n_modes=modes, **ports, projection_channel_ratio=2, rank=rank)
+    if config["model"] == "uno":
+        # One level down and up again; the mixing skip must follow the size, which soft gating cannot.
+        inner = [1.0] * (layers - 4)
+        scalings = [[s] * len(modes) for s in (1.0, 0.5, *inner, 2.0, 1.0)]
+        return models.UNO(
+            **ports,
             lifting_channels=2 * width,
             projection_channels=2 * width,
-            n_layers=layers,
-            n_modes=[list(modes)] * layers,
-            n_heads=[2] * layers,
-            per_layer_scaling_factors=[[1] * len(modes)] * layers,
-            attention_scaling_factors=[1] * layers,
-            attention_token_dim=width,
-            per_channel_attention=False,
+            uno_out_channels=[width] * layers,
+            uno_n_modes=[list(modes)] * layers,
+            uno_scalings=scalings,
+            channel_mlp_skip="linear",
         )
+    return models.CODANO(
+        output_variable_codimension=1,
+        hidden_variable_codimension=width,
+        lifting_channels=2 * width,
+        projection_channels=2 * width,
+        n_layers=layers,
+        n_modes=[list(modes)] * layers,
+        n_heads=[2] * layers,
+        per_layer_scaling_factors=[[1] * len(modes)] * layers,
+        attention_scaling_factors=[1] * layers,
+        attention_token_dim=width,
+        per_channel_attention=False,
+    )
 
 
 class LitOperator(LightningModule):
@@ -391,7 +416,10 @@ def factorize(options: argparse.Namespace, net: nn.Module) -> list[lc.Transform]
     names = ("rank_ratio", "energy_ratio", "params_ratio")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     where = which(options, list(spectral_layers(net)))
-    return [lc.Factorize(**given or {"rank_ratio": 0.5}, scheme=options.scheme, **where)]
+    # TFNO and CODANO hold Tucker factors: they become one weight, which is then factorized anew.
+    held = any(is_factorized(layer) for layer in spectral_layers(net, **where).values())
+    merge = [lc.MergeFactors(**where)] if held else []
+    return [*merge, lc.Factorize(**given or {"rank_ratio": 0.5}, scheme=options.scheme, **where)]
 
 
 def drop_layers(options: argparse.Namespace, net: nn.Module) -> list[lc.Transform]:
@@ -504,7 +532,8 @@ def sweep(options: argparse.Namespace) -> None:
         name = f"{options.method}_{strength}"
         results.append(keep(net, name, original, once, fields))
         if options.finetune_epochs:
-            keep(finetuned(once, original, net, fields), f"{name}_finetuned", original, once, fields)
+            better = finetuned(once, original, net, fields)
+            keep(better, f"{name}_finetuned", original, once, fields)
     sizes = list(fields.loaders())
     header = [key, *(f"{m} % at {s}" for s in sizes for m in ("L2", "H1")), "file_bytes", "macs"]
     table = [

@@ -302,6 +302,8 @@ def test_auto_takes_the_matrix_that_factorize_takes_and_remembers_it():
         (None, None, ["channel", "channel"]),  # as Factorize() does: half the rank saves nothing in columns
         (Factorize(params_ratio=0.5), None, names),
         (other, "net", names),
+        (Factorize(budget=("macs", 0.5)), None, names),
+        (Factorize(budget=("rank", 0.5)), None, ["channel", "channel"]),
     ):
         callback = LowRankRegularization(factorize=factorize, attribute=attribute)
         once(callback, Any(by_channel, by_column, lr=0.0))

@@ -257,6 +257,19 @@ def test_smaller_structures(verb: str, more: list[str], trained: Path, pack: Pat
         assert row["macs"] < row["baseline"]["macs"]
 
 
+def test_weights_that_neuraloperator_factorized_are_factorized_anew(pack: Path) -> None:
+    argv = ["--data", str(pack), "--output-dir", "out", "--resolutions", "16", "--epochs", "1"]
+    sizes = ["--model", "tfno", "--width", "4", "--layers", "1", "--n-modes", "4", "4"]
+    recipe.main(["factorize", *sizes, *argv, "--rank-ratio", "0.5", "--scheme", "channel"])
+    net, known = restored("out/tfno_factorize.lcz")
+    (row,) = known["evaluation"]
+    assert row["errors"]["L2"] == pytest.approx(error(net, known, pack, 16), rel=1e-4)
+    assert (
+        row["baseline"]["params"] == lc.cost(recipe.build(known["config"])).params
+    )  # of neuraloperator's factors
+    assert row["params"] == lc.cost(net).params
+
+
 def test_an_archive_is_a_checkpoint(trained: Path, pack: Path) -> None:
     run("prune", "--sparsity", "0.5", trained=trained, pack=pack)
     small = Path("out/fno_prune.lcz").resolve()

@@ -84,7 +84,14 @@ class SchemeChooser:
         part, prefix = finalize(model), ""
         chooser = Factorize(include=keys, force=True)
         if self.factorize is not None:
-            chooser = dataclasses.replace(self.factorize, activation_aware=False, budget=None, force=True)
+            chooser = dataclasses.replace(self.factorize, activation_aware=False, force=True)
+            if chooser.budget is not None:  # the same share of every layer
+                unit, share = chooser.budget
+                chooser = (
+                    dataclasses.replace(chooser, budget=None, rank_ratio=share)
+                    if unit == "rank"
+                    else dataclasses.replace(chooser, budget=None, params_ratio=share)
+                )
             part = part_of(part, self.attribute, "LowRankRegularization")
             prefix = f"{self.attribute}." if self.attribute else ""
         return {prefix + key: str(decided["scheme"]) for key, decided in chooser.plan(part).layers.items()}

@@ -29,10 +29,10 @@ class Part(NamedTuple):
 class FactoredWeight(nn.Module, ABC):
     """A complex weight [in, out, *modes] (separable: [channels, *modes]) as factors, which are its Parameters.
 
-    ``layer.weight`` of a ``SpectralConv`` may be such a module; ``layer._contract`` is then its ``contract``.
+    ``layer.weight`` of a ``SpectralConv`` may be such a module; ``layer._contract`` is then ``contract_channels`` or
+    ``contract_modes``.
 
     Args:
-        scheme: class name of the scheme that made it.
         shape: of the dense weight.
         factors: complex tensors by name.
 
@@ -42,9 +42,8 @@ class FactoredWeight(nn.Module, ABC):
 
     modes_in: ClassVar[str]
 
-    def __init__(self, scheme: str, shape: Sequence[int], **factors: Tensor) -> None:
+    def __init__(self, shape: Sequence[int], **factors: Tensor) -> None:
         super().__init__()
-        self.scheme = scheme
         self.shape = torch.Size(shape)
         for name, factor in factors.items():
             self.register_parameter(
@@ -94,7 +93,7 @@ class FactoredWeight(nn.Module, ABC):
         if part.shape != tuple(self.shape):
             kept = part.factors[self.modes_in].detach().clone()
             factors[self.modes_in] = nn.Parameter(kept, requires_grad=held.requires_grad)
-        return type(self)(self.scheme, part.shape, **factors).train(self.training)
+        return type(self)(part.shape, **factors).train(self.training)
 
     def extra_repr(self) -> str:
         """Shapes of the weight and its factors."""
@@ -108,7 +107,7 @@ class ChannelFactors(FactoredWeight):
     Its factors are ``core`` G, and ``input`` V, ``output`` U or both.
 
     Examples:
-        >>> held = ChannelFactors("", (8, 6, 4, 3), input=torch.randn(8, 2) + 0j, core=torch.randn(2, 6, 4, 3) + 0j)
+        >>> held = ChannelFactors((8, 6, 4, 3), input=torch.randn(8, 2) + 0j, core=torch.randn(2, 6, 4, 3) + 0j)
         >>> held.to_tensor().shape, held[:, :, 1:3, :2].shape
         (torch.Size([8, 6, 4, 3]), (8, 6, 2, 2))
     """
@@ -139,7 +138,7 @@ class ModeFactors(FactoredWeight):
     Its factors are ``coefficients`` A ([channels, r] if separable) and ``modes`` B.
 
     Examples:
-        >>> held = ModeFactors("", (8, 6, 4, 3), coefficients=torch.ones(8, 6, 2) + 0j, modes=torch.ones(2, 4, 3) + 0j)
+        >>> held = ModeFactors((8, 6, 4, 3), coefficients=torch.ones(8, 6, 2) + 0j, modes=torch.ones(2, 4, 3) + 0j)
         >>> held.to_tensor()[0, 0, 0, 0]
         tensor(2.+0.j, grad_fn=<SelectBackward0>)
     """
@@ -176,7 +175,7 @@ def contract_channels(x: Tensor, weight: Part, separable: bool = False) -> Tenso
         [batch, out, *modes].
 
     Examples:
-        >>> weight = ChannelFactors("", (3, 2, 4), core=torch.ones(1, 2, 4) + 0j, input=torch.ones(3, 1) + 0j)
+        >>> weight = ChannelFactors((3, 2, 4), core=torch.ones(1, 2, 4) + 0j, input=torch.ones(3, 1) + 0j)
         >>> contract_channels(torch.ones(5, 3, 4) + 0j, weight[:, :, :]).detach()[0, 0]
         tensor([3.+0.j, 3.+0.j, 3.+0.j, 3.+0.j])
     """
@@ -203,7 +202,7 @@ def contract_modes(x: Tensor, weight: Part, separable: bool = False) -> Tensor:
         [batch, out, *modes].
 
     Examples:
-        >>> weight = ModeFactors("", (3, 2, 4), coefficients=torch.ones(3, 2, 1) + 0j, modes=torch.ones(1, 4) + 0j)
+        >>> weight = ModeFactors((3, 2, 4), coefficients=torch.ones(3, 2, 1) + 0j, modes=torch.ones(1, 4) + 0j)
         >>> contract_modes(torch.ones(5, 3, 4) + 0j, weight[:, :, :]).detach()[0, 0]
         tensor([3.+0.j, 3.+0.j, 3.+0.j, 3.+0.j])
     """

@@ -33,7 +33,7 @@ class _Held(BasisScheme):
         weight = dense_weight(layer)
         shapes = self.shapes(layer, weight.shape, ranks)
         zeros = {name: torch.zeros(s, dtype=weight.dtype, device=weight.device) for name, s in shapes.items()}
-        held = self.holder(type(self).__name__, weight.shape, **zeros)
+        held = self.holder(weight.shape, **zeros)
         set_weight(layer, held.requires_grad_(weight.requires_grad), type(self).contract)
         layer.factorization, layer.rank = self.name, ranks if len(ranks) > 1 else ranks[0]
         built: nn.Module = layer

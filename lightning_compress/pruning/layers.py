@@ -270,7 +270,7 @@ class DropLayers(Transform):
 def _without(model: nn.Module, decided: Mapping[str, Mapping[str, Any]]) -> nn.Module:
     """A copy without some units; it shares all tensors with the model, so it costs next to nothing."""
     shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
-    probe = copy.deepcopy(model, shared)  # type: ignore[arg-type]
+    probe = copy.deepcopy(model, shared)
     drop(probe, decided)
     return probe
 

@@ -86,11 +86,12 @@ def agree_on_modes(model: nn.Module, units: Mapping[nn.Module, Sequence[int]]) -
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[nn.Module, list[Any]]]:
-    """Every module with a list ``convs`` of spectral convolutions, and these."""
+    """Every module with spectral convolutions in a list ``convs``, and these."""
     for module in model.modules():
         convs: Any = module._modules.get("convs")
-        if isinstance(convs, nn.ModuleList) and len(convs) and all(map(is_spectral, convs)):
-            yield module, list(convs)
+        found = list(filter(is_spectral, convs)) if isinstance(convs, nn.ModuleList) else []
+        if found:
+            yield module, found
 
 
 def _common(part: nn.Module, done: Mapping[nn.Module, _Modes], before: Any) -> Any:

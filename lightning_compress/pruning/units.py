@@ -83,11 +83,12 @@ _Found = Iterator[tuple[str, Unit | str]]
 
 
 def _owners(model: nn.Module) -> list[nn.Module]:
-    """Modules that hold blocks as entries of several lists, which no single module is."""
+    """Modules that hold blocks as entries of several lists; in a list themselves (UNO), each is one block."""
     whole = [m for m in model.modules() if is_a(m, CODANO)]
     inside = {part for m in whole for part in m.modules()}
+    listed = {m for parent in model.modules() if isinstance(parent, nn.ModuleList) for m in parent.children()}
     blocks: list[Any] = [m for m in model.modules() if is_a(m, BLOCKS) and m not in inside]
-    return whole + [b for b in blocks if b.n_layers > 1]
+    return whole + [b for b in blocks if b.n_layers > 1 or b not in listed]
 
 
 def _entries(model: nn.Module, names: dict[nn.Module, str]) -> _Found:

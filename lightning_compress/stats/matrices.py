@@ -48,7 +48,7 @@ def collected(
         passes: list[list[Target]] = [[]]
         room = _GRAM_BYTES
         for t in members:
-            need = 8 * (t.weight.numel() // t.weight.shape[t.axes.out]) ** 2 if "gram" in fields else 0
+            need = _gram_bytes(t) if "gram" in fields else 0
             if need > room and passes[-1]:
                 passes.append([])
                 room = _GRAM_BYTES
@@ -57,6 +57,15 @@ def collected(
         for part in passes:
             found |= collect(model, part, inputs, list(fields))
     return found
+
+
+def _gram_bytes(target: Target) -> int:
+    """Of its double-precision Gram matrix; spectral weights have one for every mode."""
+    weight, axes = target.weight, target.axes
+    inputs = weight.numel() // weight.shape[axes.out]
+    if weight.is_complex():
+        return 16 * inputs * (1 if axes.in_ is None else weight.shape[axes.in_])
+    return 8 * inputs**2
 
 
 def matrices(target: Target, values: Tensor) -> Tensor:
