@@ -16,8 +16,9 @@ from lightning_compress.export import export_onnx
 from lightning_compress.finalize import finalize
 from lightning_compress.fusion import FuseBatchNorm
 from lightning_compress.lowrank import Factorize, MergeFactors
-from lightning_compress.metrics import OutputErrorRate, RelativeL2Error
+from lightning_compress.metrics import OutputErrorRate, RelativeH1Error, RelativeL2Error
 from lightning_compress.pruning.fourier import PartialFourier
+from lightning_compress.pruning.layers import DropLayers
 from lightning_compress.pruning.modes import TruncateModes
 from lightning_compress.pruning.sparsify import Prune
 from lightning_compress.quantization import Log2, MiniFloat, PerChannel, PerGroup, PerTensor, Quantize
@@ -29,6 +30,7 @@ __all__ = [
     "BatchNormFusion",
     "Code",
     "CompressionMonitor",
+    "DropLayers",
     "Factorize",
     "FuseBatchNorm",
     "Log2",
@@ -45,6 +47,7 @@ __all__ = [
     "QuantizationAwareTraining",
     "Quantize",
     "ReestimateBatchNorm",
+    "RelativeH1Error",
     "RelativeL2Error",
     "ScheduledPruning",
     "Transform",

@@ -273,7 +273,8 @@ def test_static_does_not_follow_the_input_and_dynamic_does():
     a, b = layers.input_quantizer(static[0]), layers.input_quantizer(dynamic[0])
     assert torch.equal(a.qparams(X)[0], a.qparams(2 * X)[0])
     assert torch.allclose(2 * b.qparams(X)[0], b.qparams(2 * X)[0])
-    assert a.signed and not layers.input_quantizer(static[2]).signed  # behind a ReLU
+    behind_relu = layers.input_quantizer(static[2])
+    assert a.zero_point > 0 and not a.signed and not behind_relu.signed and behind_relu.zero_point == 0
     assert layers.input_quantizer(static[2]).qmax == 255
 
 

@@ -168,6 +168,8 @@ class Factorize(Transform):
         looks = inputs.available and (self.activation_aware or self.budget is not None)
         calls = calls_of(model, targets, inputs.example(model)) if looks else {}
         seen, note = self._seen(model, targets, fitting, inputs, calls) if self.activation_aware else ({}, "")
+        for key in seen:  # errors of outputs compare with each other only
+            fitting[key] = [scheme for scheme in fitting[key] if scheme.gram] or fitting[key]
         rule = Rule(self._criterion()[0], self.min_rank, self.max_rank, self.force, self.damping)
         chosen: dict[str, Cut] = {}
         if self.budget is None:

@@ -87,8 +87,9 @@ def choose(
 ) -> dict[str, Any]:
     """The static grid of values of which a histogram is known.
 
-    Values that are never negative get the unsigned grid ``0 ... 2^b - 1`` with ``s = T / (2^b - 1)``, others the signed
-    one ``-2^(b-1) ... 2^(b-1) - 1`` with ``s = T / (2^(b-1) - 1)``; z = 0 in both.
+    It is unsigned, ``0 ... 2^b - 1``. Values that are never negative get ``s = T / (2^b - 1)`` and z = 0, others
+    ``s = (hi - lo) / (2^b - 1)`` and ``z = -round(lo / s)``: behind GELU or SiLU, which reach little below zero, a
+    symmetric grid would leave half of its levels unused.
 
     Args:
         counts: of 2 x 2048 equal bins on [-upper, upper).
@@ -109,8 +110,8 @@ def choose(
         >>> chosen["qmin"], chosen["qmax"], round(chosen["scale"] * 255, 3)
         (0, 255, 0.5)
     """
-    signed = extremes[0] < 0
-    qmin, qmax = integer_range(bits, signed=signed, narrow=False)
+    symmetric = extremes[0] >= 0
+    qmin, qmax = integer_range(bits, signed=False, narrow=False)
     if calibrator == "minmax" or extremes[0] == extremes[1]:
         lo, hi = torch.tensor([extremes[0]]), torch.tensor([extremes[1]])
     else:
@@ -124,9 +125,9 @@ def choose(
             centres[seen].float().view(1, -1),
             qmin=qmin,
             qmax=qmax,
-            symmetric=True,
+            symmetric=symmetric,
             percentile=percentile,
             weights=counts[seen].view(1, -1),
         )
-    step, _ = choose_qparams(lo, hi, qmin, qmax, power_of_two=scale == "po2")
-    return {"bits": bits, "scale": float(step), "zero_point": 0, "qmin": qmin, "qmax": qmax}
+    step, zero = choose_qparams(lo, hi, qmin, qmax, symmetric=symmetric, power_of_two=scale == "po2")
+    return {"bits": bits, "scale": float(step), "zero_point": int(zero), "qmin": qmin, "qmax": qmax}

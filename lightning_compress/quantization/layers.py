@@ -137,7 +137,7 @@ def _calls(layer: nn.Module) -> bool:
 
 
 def _become(layer: nn.Module, params: tuple[str, ...], calls: bool) -> None:
-    base = plain_class(layer)
+    base = getattr(type(layer), "_quantized_class", type(layer))
     names = tuple(dict.fromkeys(params))
     layer.__class__ = _class(base, names, calls) if names or calls else base
 
@@ -150,15 +150,15 @@ def _class(base: type[nn.Module], params: tuple[str, ...], calls: bool) -> type[
             "__doc__": f"{base.__name__} with quantizers.",
             "__module__": __name__,
             "__reduce_ex__": _reduce,
-            "_plain_class": base,
+            "_plain_class": getattr(base, "_plain_class", base),
+            "_quantized_class": base,
             "_quantized_params": params,
             "_quantized_calls": calls,
             **{param: property(_reader(param)) for param in params},
         }
         if calls:
             body["forward"] = _forward(base)
-        if params:
-            body["plain"] = _plain
+        body["plain"] = _plain
         # tltorch's factorized tensors register every subclass by its name
         name = getattr(base, "_name", "") if hasattr(base, "_factorizations") else ""
         make: Any = type(base)
@@ -167,8 +167,7 @@ def _class(base: type[nn.Module], params: tuple[str, ...], calls: bool) -> type[
         )
         if name:
             made._name = name
-        if params:
-            StandIn.register(made)
+        StandIn.register(made)
         _CLASSES[key] = made
     return cast("type[nn.Module]", _CLASSES[key])
 
@@ -222,6 +221,9 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
 
 def _plain(self: nn.Module) -> nn.Module:
     """Weights on their grid, with their codes; the input quantizer is frozen and stays in front."""
+    around = [cast(Any, q) for q in (input_quantizer(self), output_quantizer(self)) if q is not None]
+    if not _params(self) and all(q.frozen() is q for q in around):
+        return self  # quantized after training: nothing here is about to change
     for param in _params(self):
         quantizer = cast(Any, weight_quantizer(self, param))
         weight = self._parameters[param]
@@ -248,8 +250,9 @@ def _plain(self: nn.Module) -> nn.Module:
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    cls = type(self)
-    return _rebuild, (cls._plain_class, cls._quantized_params, cls._quantized_calls), self.__getstate__()  # type: ignore[attr-defined,no-untyped-call]
+    cls: Any = type(self)
+    made_by = cls._quantized_class, cls._quantized_params, cls._quantized_calls
+    return _rebuild, made_by, self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 def _rebuild(base: type[nn.Module], params: tuple[str, ...], calls: bool) -> nn.Module:
