@@ -35,11 +35,13 @@ From another checkpoint, trained for 40 epochs (9.04 / 10.97, 638,905 bytes):
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
+import copy
+import dataclasses
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +55,7 @@ from tqdm import tqdm
 
 import lightning_compress as lc
 from lightning_compress import plots
+from lightning_compress.archive import dense_bytes
 from lightning_compress.benchmark.evaluate import Evaluation, evaluate
 from lightning_compress.checkpoints import load_weights
 from lightning_compress.functional.darcy import darcy
@@ -214,47 +217,14 @@ def download(options: argparse.Namespace) -> None:
 
 
 def build(config: dict[str, Any]) -> nn.Module:
-    """A fresh operator; the constructors of UNO and CODANO print, which is kept off the screen."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return construct(config)
-
-
-def construct(config: dict[str, Any]) -> nn.Module:
-    from neuralop import models
-
-    width, modes, layers = config["width"], tuple(config["n_modes"]), config["layers"]
-    ports = {"in_channels": 1, "out_channels": 1, "hidden_channels": width, "n_layers": layers}
-    if config["model"] == "fno":
-        return models.FNO(n_modes=modes, **ports, projection_channel_ratio=2)
-    if config["model"] == "tfno":
-        rank = config["rank"]
-        return models.TFNO(n_modes=modes, **ports, projection_channel_ratio=2, rank=rank)
-    if config["model"] == "uno":
-        # One level down and up again; the mixing skip must follow the size, which soft gating cannot.
-        inner = [1.0] * (layers - 4)
-        scalings = [[s] * len(modes) for s in (1.0, 0.5, *inner, 2.0, 1.0)]
-        return models.UNO(
-            **ports,
-            lifting_channels=2 * width,
-            projection_channels=2 * width,
-            uno_out_channels=[width] * layers,
-            uno_n_modes=[list(modes)] * layers,
-            uno_scalings=scalings,
-            channel_mlp_skip="linear",
-        )
-    return models.CODANO(
-        output_variable_codimension=1,
-        hidden_variable_codimension=width,
-        lifting_channels=2 * width,
-        projection_channels=2 * width,
-        n_layers=layers,
-        n_modes=[list(modes)] * layers,
-        n_heads=[2] * layers,
-        per_layer_scaling_factors=[[1] * len(modes)] * layers,
-        attention_scaling_factors=[1] * layers,
-        attention_token_dim=width,
-        per_channel_attention=False,
-    )
+    """A fresh operator."""
+    sizes = {
+        "n_modes": config["n_modes"],
+        "hidden_channels": config["width"],
+        "n_layers": config["layers"],
+    }
+    rank = {"rank": config["rank"]} if config["model"] == "tfno" else {}
+    return lc.models.build(config["model"], **sizes, **rank)
 
 
 class LitOperator(LightningModule):
@@ -263,7 +233,7 @@ class LitOperator(LightningModule):
     Args:
         net: the operator.
         fields: what it is trained and validated on.
-        options: lr, weight_decay, batch_size.
+        options: lr, weight_decay, batch_size, augment.
     """
 
     def __init__(self, net: nn.Module, fields: Fields, options: argparse.Namespace) -> None:
@@ -276,7 +246,11 @@ class LitOperator(LightningModule):
         return self.net(x)
 
     def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
-        loss = relative_l2(self(batch[0]), (batch[1] - self.mean) / self.std)
+        x, y = batch
+        if self.options.augment == "transpose":  # x and y change places: on a square, a solution again
+            swapped = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
+            x, y = (torch.where(swapped, v.mT, v) for v in (x, y))
+        loss = relative_l2(self(x), (y - self.mean) / self.std)
         self.log("train_loss", loss)
         return loss
 
@@ -395,50 +369,60 @@ def write(file: Path, original: Trained, options: argparse.Namespace, result: Ev
     """The JSON beside a checkpoint or archive: how to read it, how it was made, how good it is."""
     asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if not callable(v)}
     known = {"config": original.config, "mean": original.mean, "std": original.std, "options": asked}
+    known |= {"compression_ratio": compression_ratio(original, result)}
     file.with_suffix(".json").write_text(json.dumps(known | {"evaluation": result.to_json()}, indent=2))
 
 
 # -- methods -------------------------------------------------------------------------------------------------
 
 
-def which(options: argparse.Namespace, names: Sequence[str], prefix: str = "") -> dict[str, list[str]]:
-    """Patterns of ``--include``, or these, and of ``--exclude``; with the prefix of a LightningModule's operator."""
-    patterns = {"include": options.include or names, "exclude": options.exclude}
-    return {key: [prefix + p for p in given] for key, given in patterns.items()}
+def which(options: argparse.Namespace, names: Sequence[str]) -> dict[str, list[str]]:
+    """Patterns of ``--include``, or these, and of ``--exclude``."""
+    return {"include": list(options.include or names), "exclude": list(options.exclude)}
 
 
-def prune(options: argparse.Namespace, net: nn.Module, prefix: str = "") -> list[lc.Transform]:
-    where = which(options, list(spectral_layers(net)), prefix)
+def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options among these that were given, and that the verb has."""
+    return {name: value for name in names if (value := getattr(options, name, None)) is not None}
+
+
+def prune(options: argparse.Namespace, net: nn.Module) -> list[lc.Transform]:
+    where = which(options, list(spectral_layers(net)))
     return [lc.Prune(options.sparsity, criterion=options.criterion, scope=options.scope, **where)]
 
 
 def factorize(options: argparse.Namespace, net: nn.Module) -> list[lc.Transform]:
-    names = ("rank_ratio", "energy_ratio", "params_ratio")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    how = given(options, "rank_ratio", "energy_ratio", "params_ratio", "budget") or {"rank_ratio": 0.5}
+    if "budget" in how:
+        how["budget"] = tuple(how["budget"])
+    how |= given(options, "scheme", "activation_aware", "real_channel", "damping")
     where = which(options, list(spectral_layers(net)))
     # TFNO and CODANO hold Tucker factors: they become one weight, which is then factorized anew.
     held = any(is_factorized(layer) for layer in spectral_layers(net, **where).values())
-    merge = [lc.MergeFactors(**where)] if held else []
-    return [*merge, lc.Factorize(**given or {"rank_ratio": 0.5}, scheme=options.scheme, **where)]
+    return [*([lc.MergeFactors(**where)] if held else []), lc.Factorize(**how, **where)]
 
 
 def drop_layers(options: argparse.Namespace, net: nn.Module) -> list[lc.Transform]:
-    how = {"ratio": options.ratio} if options.count is None else {"count": options.count}
-    return [lc.DropLayers(unit=options.unit, **how, criterion=options.criterion, **which(options, ["*"]))]
+    how = given(options, "ratio", "count")
+    if options.names:
+        how = {"layers": tuple(options.names)}
+    return [
+        lc.DropLayers(
+            options.unit, **how or {"ratio": 0.25}, criterion=options.criterion, **which(options, ["*"])
+        )
+    ]
 
 
 def truncate(options: argparse.Namespace, net: nn.Module) -> list[lc.Transform]:
-    how: dict[str, Any] = {"keep_ratio": options.keep_ratio or 0.5}
+    how = given(options, "keep_ratio", "energy_ratio") or {"keep_ratio": 0.5}
     if options.modes:
         how = {"modes": tuple(options.modes)}
-    elif options.energy_ratio:
-        how = {"energy_ratio": options.energy_ratio}
     return [lc.TruncateModes(**how, **which(options, ["*"]))]
 
 
-def quantize(options: argparse.Namespace, net: nn.Module, prefix: str = "") -> list[lc.Transform]:
+def quantize(options: argparse.Namespace, net: nn.Module) -> list[lc.Transform]:
     """Floats, and ``--mode weight``, round weights only; activations never get fewer than 8 bits."""
-    where = which(options, ["*"], prefix)
+    where = which(options, ["*"])
     if options.precision == "fp32":
         return []
     if not options.precision.startswith("int"):
@@ -452,42 +436,57 @@ def quantize(options: argparse.Namespace, net: nn.Module, prefix: str = "") -> l
     return [lc.Quantize(bits, **weights, **activations, **where)]
 
 
-class Verb(NamedTuple):
-    """A method: its transforms, and the option that says how strong it is."""
+def combine(options: argparse.Namespace, net: nn.Module) -> list[lc.Transform]:
+    """Low rank, zeros in what is left, few bits; ``--include`` is for the first two."""
+    everywhere = argparse.Namespace(**vars(options) | {"include": None})
+    return [*factorize(options, net), *prune(options, net), *quantize(everywhere, net)]
 
-    transforms: Callable[..., list[lc.Transform]]
-    strength: str
+
+class Verb(NamedTuple):
+    """A method: its transforms, and the options that say how strong it is, one of which a sweep takes."""
+
+    transforms: Callable[[argparse.Namespace, nn.Module], list[lc.Transform]]
+    strengths: tuple[str, ...] = ()
+    finetune_epochs: int = 0
 
 
 VERBS = {
-    "prune": Verb(prune, "sparsity"),
-    "factorize": Verb(factorize, "rank_ratio"),
-    "drop-layers": Verb(drop_layers, "ratio"),
-    "truncate": Verb(truncate, "keep_ratio"),
-    "quantize": Verb(quantize, "precision"),
+    "prune": Verb(prune, ("sparsity",)),
+    "factorize": Verb(factorize, ("rank_ratio", "energy_ratio", "params_ratio")),
+    "drop-layers": Verb(drop_layers, ("ratio", "count")),
+    "truncate": Verb(truncate, ("keep_ratio", "energy_ratio")),
+    "quantize": Verb(quantize, ("precision",)),
+    "combine": Verb(combine, finetune_epochs=20),
 }
 
 
-def compressed(options: argparse.Namespace, original: Trained, fields: Fields) -> Any:
+def transforms(options: argparse.Namespace, original: Trained) -> list[lc.Transform]:
+    partial = [lc.PartialFourier()] if options.partial_fourier else []
+    return [*VERBS[options.method].transforms(options, original.net), *partial]
+
+
+def compressed(
+    options: argparse.Namespace, original: Trained, fields: Fields, todo: Sequence[lc.Transform]
+) -> Any:
     """Post-training, with calibration inputs from the training fields or (``--data-free``) like one of them."""
-    todo = VERBS[options.method].transforms(options, original.net)
-    if options.partial_fourier:
-        todo = [*todo, lc.PartialFourier()]
     x = fields.train[0]
     return lc.compress(original.net, todo, example_input=x[:1], data=None if options.data_free else x[:256])
 
 
-def finetuned(options: argparse.Namespace, original: Trained, small: nn.Module, fields: Fields) -> nn.Module:
-    """Train on. Masks and grids come along a schedule, from the original; other methods train what they left."""
-    net, callbacks = small, []
-    if options.method in ("prune", "quantize"):
-        net = build(original.config)
-        net.load_state_dict(original.net.state_dict())
-        for asked in VERBS[options.method].transforms(options, net, "net."):
-            if options.method == "prune":
-                callbacks = [lc.ScheduledPruning(asked, begin=0.0, end=0.5, every=5)]
-            else:
-                callbacks = [lc.QuantizationAwareTraining(transform=asked, method="lsq")]
+def finetuned(options: argparse.Namespace, original: Trained, fields: Fields) -> nn.Module:
+    """Train on what the structural methods left, while zeros come along a schedule and steps of grids are learned."""
+    todo = transforms(options, original)
+    gradual = [t for t in todo if isinstance(t, lc.Prune | lc.Quantize)]
+    before = [t for t in todo if t not in gradual]
+    net = compressed(options, original, fields, before).model if before else copy.deepcopy(original.net)
+    callbacks: list[Callback] = []
+    for transform in gradual:
+        where = {k: [f"net.{p}" for p in getattr(transform, k)] for k in ("include", "exclude")}
+        asked = dataclasses.replace(transform, **where)  # the operator is the LightningModule's net
+        if isinstance(asked, lc.Prune):
+            callbacks.append(lc.ScheduledPruning(asked, begin=0.0, end=0.5, every=5))
+        else:
+            callbacks.append(lc.QuantizationAwareTraining(transform=asked, method="lsq"))
     again = argparse.Namespace(**vars(options) | {"lr": options.finetune_lr})
     seed_everything(options.seed, workers=True, verbose=False)
     lit = LitOperator(net.train(), fields, again)
@@ -499,11 +498,11 @@ def run(options: argparse.Namespace) -> None:
     """Compress once, and show the original, the compressed and the fine-tuned operator."""
     fields = read(options)
     original = trained(options, fields)
-    result = compressed(options, original, fields)
+    result = compressed(options, original, fields, transforms(options, original))
     print(result.coverage)
     keep(result.model, options.method, original, options, fields)
     if options.finetune_epochs:
-        better = finetuned(options, original, result.model, fields)
+        better = finetuned(options, original, fields)
         keep(better, f"{options.method}_finetuned", original, options, fields)
 
 
@@ -515,39 +514,47 @@ def keep(
     file = options.output_dir / f"{original.config['model']}_{name.replace('-', '_')}.lcz"
     lc.save(net, file)
     write(file, original, options, result)
-    print(f"\n{name}: {file}\n{result}")
+    smaller = f"{compression_ratio(original, result):.2f} x smaller than its numbers as float32"
+    print(f"\n{name}: {file}, {smaller}\n{result}")
     return result
+
+
+def compression_ratio(original: Trained, result: Evaluation) -> float:
+    """Bytes of the original's numbers as float32 over bytes of the archive."""
+    return dense_bytes(original.net) / result.rows[0].file_bytes
 
 
 def sweep(options: argparse.Namespace) -> None:
     """One method at several strengths: a table and a figure of what is lost and what is saved."""
     fields = read(options)
     original = trained(options, fields)
-    key = VERBS[options.method].strength
+    key = next(iter(given(options, *VERBS[options.method].strengths)))
     strengths = getattr(options, key)
     results = []
     for strength in strengths:
         once = argparse.Namespace(**vars(options) | {key: strength})
-        net = compressed(once, original, fields).model
+        net = compressed(once, original, fields, transforms(once, original)).model
         name = f"{options.method}_{strength}"
         results.append(keep(net, name, original, once, fields))
         if options.finetune_epochs:
-            better = finetuned(once, original, net, fields)
+            better = finetuned(once, original, fields)
             keep(better, f"{name}_finetuned", original, once, fields)
     sizes = list(fields.loaders())
-    header = [key, *(f"{m} % at {s}" for s in sizes for m in ("L2", "H1")), "file_bytes", "macs"]
+    header = [key, *(f"{m} % at {s}" for s in sizes for m in ("L2", "H1")), "file_bytes", "macs", "x smaller"]
     table = [
         [
             s,
             *(100 * r[n].errors[m] for n in sizes for m in ("L2", "H1")),
             r[sizes[0]].file_bytes,
             r[sizes[0]].macs,
+            compression_ratio(original, r),
         ]
         for s, r in zip(strengths, results, strict=True)
     ]
     base = [results[0][n].baseline for n in sizes]
     errors = [100 * row.errors[m] for row in base for m in ("L2", "H1")]
-    print("\n" + text(header, [["original", *errors, base[0].file_bytes, base[0].macs], *table]))
+    ratio = dense_bytes(original.net) / base[0].file_bytes
+    print("\n" + text(header, [["original", *errors, base[0].file_bytes, base[0].macs, ratio], *table]))
     print(f"\nfigure: {figure(options, key, strengths, results, sizes)}")
 
 
@@ -591,16 +598,8 @@ def train_verb(options: argparse.Namespace) -> None:
 # -- command line --------------------------------------------------------------------------------------------
 
 
-class Spelled(argparse.ArgumentParser):
-    """Options may be written with underscores too."""
-
-    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-        both = dict.fromkeys(s for n in names for s in (n, n[:2] + n[2:].replace("-", "_")))
-        return super().add_argument(*(both if names[0].startswith("-") else names), **options)
-
-
 def parser() -> argparse.ArgumentParser:
-    top = Spelled(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = top.add_subparsers(dest="verb", required=True)
     simple = {"download": download, "train": train_verb, "evaluate": evaluate_verb}
     for name, do in simple.items():
@@ -610,13 +609,17 @@ def parser() -> argparse.ArgumentParser:
         if name == "evaluate":
             verb.add_argument("--baseline", type=Path, help="another checkpoint, to compare with")
     sweeps = verbs.add_parser("sweep", help=sweep.__doc__).add_subparsers(dest="method", required=True)
-    for name in VERBS:
-        for parent, do in ((verbs, run), (sweeps, sweep)):
+    for name, method in VERBS.items():
+        for parent, do in ((verbs, run), (sweeps, sweep))[: 2 if method.strengths else 1]:
             verb = parent.add_parser(name)
             common(verb)
             compressing(verb)
-            OPTIONS[name](verb, {"nargs": "+"} if parent is sweeps else {})
-            verb.set_defaults(do=do, method=name)
+            group = verb.add_mutually_exclusive_group(required=parent is sweeps) if method.strengths else verb
+            strength, instead = group.add_argument, group.add_argument
+            if parent is sweeps:
+                strength, instead = partial(group.add_argument, nargs="+"), lambda *names, **options: None
+            OPTIONS[name](verb.add_argument, strength, instead)
+            verb.set_defaults(do=do, method=name, finetune_epochs=method.finetune_epochs)
     return top
 
 
@@ -638,6 +641,7 @@ def common(verb: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=32)
     add("--lr", type=float, default=5e-4)
     add("--weight-decay", type=float, default=1e-4)
+    add("--augment", choices=["none", "transpose"], default="none", help="while training; for square domains")
     add("--accelerator", default="cpu", help="Lightning's: cpu, gpu, auto")
     add("--seed", type=int, default=0)
     add("--output-dir", type=Path, default=Path("outputs/neural_operators"))
@@ -653,40 +657,72 @@ def compressing(verb: argparse.ArgumentParser) -> None:
     add("--partial-fourier", action="store_true", help="also compute kept frequencies only (exact, faster)")
 
 
-def prune_options(verb: argparse.ArgumentParser, strength: dict[str, Any]) -> None:
-    verb.add_argument("--sparsity", type=float, default=0.5, **strength)
-    verb.add_argument("--scope", default="global", choices=["global", "layer", "row"])
-    verb.add_argument("--criterion", default="magnitude")
+# Of one verb: ``strength`` adds what a sweep takes several of, ``instead`` other ways to say it, which a sweep lacks.
+Add = Callable[..., Any]
 
 
-def factorize_options(verb: argparse.ArgumentParser, strength: dict[str, Any]) -> None:
-    verb.add_argument("--rank-ratio", type=float, required=bool(strength), **strength)
-    verb.add_argument("--energy-ratio", type=float)
-    verb.add_argument("--params-ratio", type=float)
-    verb.add_argument("--scheme", default="auto")
+def prune_options(add: Add, strength: Add, instead: Add) -> None:
+    strength("--sparsity", type=float, default=0.5)
+    ranking(add)
 
 
-def drop_options(verb: argparse.ArgumentParser, strength: dict[str, Any]) -> None:
-    verb.add_argument("--ratio", type=float, default=0.25, **strength)
-    verb.add_argument("--count", type=int)
-    verb.add_argument("--unit", default="block", choices=["block", "spectral", "layer"])
-    verb.add_argument("--criterion", default="bypass_error")
-
-
-def truncate_options(verb: argparse.ArgumentParser, strength: dict[str, Any]) -> None:
-    verb.add_argument("--keep-ratio", type=float, required=bool(strength), **strength)
-    verb.add_argument("--modes", type=int, nargs="+", help="kept along each axis, as in the constructor")
-    verb.add_argument("--energy-ratio", type=float)
-
-
-def quantize_options(verb: argparse.ArgumentParser, strength: dict[str, Any]) -> None:
-    verb.add_argument(
-        "--precision", type=precision, default="int8", help="fp32 fp16 bf16 int2 ... int16", **strength
+def factorize_options(add: Add, strength: Add, instead: Add) -> None:
+    for name in ("--rank-ratio", "--energy-ratio", "--params-ratio"):
+        strength(name, type=float)
+    instead(
+        "--budget", type=share, nargs=2, metavar=("UNIT", "SHARE"), help="of params, macs or rank, all layers"
     )
-    verb.add_argument("--mode", default="static", choices=["static", "dynamic", "weight"])
-    verb.add_argument("--granularity", default="per_channel")
-    verb.add_argument("--calibrator", default="mse")
-    verb.add_argument("--activation-calibrator", default="mse")
+    low_rank(add)
+
+
+def drop_options(add: Add, strength: Add, instead: Add) -> None:
+    strength("--ratio", type=float, help="default 0.25")
+    strength("--count", type=int)
+    instead("--names", nargs="+", help="the units to leave out")
+    add("--unit", default="block", choices=["block", "spectral", "layer"])
+    add("--criterion", default="bypass_error")
+
+
+def truncate_options(add: Add, strength: Add, instead: Add) -> None:
+    strength("--keep-ratio", type=float, help="of the modes of each axis; default 0.5")
+    strength("--energy-ratio", type=float)
+    instead("--modes", type=int, nargs="+", help="kept along each axis, as in the constructor")
+
+
+def quantize_options(add: Add, strength: Add, instead: Add) -> None:
+    strength("--precision", type=precision, default="int8", help="fp32 fp16 bf16 int2 ... int16")
+    rounding(add)
+
+
+def combine_options(add: Add, strength: Add, instead: Add) -> None:
+    add("--params-ratio", type=float, default=0.5)
+    add("--sparsity", type=float, default=0.5)
+    add("--bits", type=lambda bits: precision(f"int{bits}"), dest="precision", default="4", metavar="BITS")
+    for of in (low_rank, ranking, rounding):
+        of(add)
+
+
+def ranking(add: Add) -> None:
+    add("--scope", default="global", choices=["global", "layer", "row"])
+    add("--criterion", default="magnitude")
+
+
+def low_rank(add: Add) -> None:
+    add("--scheme", default="auto", help="channel_in, channel_out, channel, modes, tucker, cp, tt or auto")
+    add("--activation-aware", action=argparse.BooleanOptionalAction, default=True, help="best for outputs")
+    add("--real-channel", action="store_true", help="real channel factors, which need fewer transforms")
+    add("--damping", type=float, default=1e-2, help="of the inputs' Gram matrix, in mean eigenvalues")
+
+
+def rounding(add: Add) -> None:
+    add("--mode", default="static", choices=["static", "dynamic", "weight"])
+    add("--granularity", default="per_channel")
+    add("--calibrator", default="mse")
+    add("--activation-calibrator", default="mse")
+
+
+def share(given: str) -> str | float:
+    return given if given in ("params", "macs", "rank") else float(given)
 
 
 def precision(name: str) -> str:
@@ -701,11 +737,14 @@ OPTIONS = {
     "drop-layers": drop_options,
     "truncate": truncate_options,
     "quantize": quantize_options,
+    "combine": combine_options,
 }
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a verb; options may be written with underscores too."""
+    asked = sys.argv[1:] if argv is None else argv
+    options = parser().parse_args([re.sub(r"^--[^=]+", lambda m: m[0].replace("_", "-"), a) for a in asked])
     options.output_dir.mkdir(parents=True, exist_ok=True)
     seed_everything(options.seed, workers=True, verbose=False)
     options.do(options)

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import codes
-from lightning_compress.callbacks.fusion import BatchNormFusion, _FirstInput
+from lightning_compress.callbacks.copies import FirstInput
+from lightning_compress.callbacks.fusion import BatchNormFusion
 from lightning_compress.callbacks.pruning import ScheduledPruning
 from lightning_compress.compress import compress
 from lightning_compress.fusion import FuseBatchNorm, fold_batchnorm, fold_on_load
@@ -985,7 +986,7 @@ def test_first_input_keeps_two_samples_and_lets_go() -> None:
             return x * scale
 
     module, x = Two(), torch.randn(5, 3, requires_grad=True)
-    first = _FirstInput(module)
+    first = FirstInput(module)
     module(x, torch.zeros(7), scale=2.0)
     module(torch.zeros(9, 3), torch.zeros(7))
     assert list(first.value) == ["x", "grid", "scale"]
@@ -998,7 +999,7 @@ def test_first_input_keeps_two_samples_and_lets_go() -> None:
 def test_first_input_is_not_fooled_by_redirected_forwards() -> None:
     """Distributed strategies send the arguments of training_step through a patched forward of the module."""
     lit = Lit()
-    first = _FirstInput(lit)
+    first = FirstInput(lit)
     lit.forward = lambda batch, index: None
     lit(torch.zeros(4, 2), 0)
     assert first.value is None
@@ -1016,7 +1017,7 @@ def test_inputs_that_are_no_tensors_are_not_kept() -> None:
             return None
 
     module = Model()
-    first = _FirstInput(module)
+    first = FirstInput(module)
     module(Graph())
     assert first.value is None
 

@@ -395,15 +395,17 @@ def test_a_proximal_step_is_the_soft_thresholded_svd_with_the_rate_of_its_group(
         np.testing.assert_allclose(lit.get_parameter(key).detach().numpy(), expected, atol=1e-6)
 
 
-def test_steps_skipped_by_amp_do_not_shrink():
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("options", [{"proximal": True}, {"kind": "truncate", "energy_ratio": 0.5}, {}])
+def test_steps_skipped_by_amp_do_not_shrink(options, fused):
     class Overflow(Still):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch, batch_idx) + self.net[0].weight.sum() * math.inf
 
-    lit = Overflow()
+    lit = Overflow(fused=fused)
     before = copy.deepcopy(lit.state_dict())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    callback = LowRankRegularization(strength=0.4, proximal=True)
+    callback = LowRankRegularization(strength=0.4, **options)
     trainer(callback, plugins=[MixedPrecision("16-mixed", "cpu", scaler)]).fit(lit, loader())
     assert callback.steps == 0 and equal(dict(lit.state_dict()), dict(before))
 

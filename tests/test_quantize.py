@@ -538,6 +538,21 @@ def test_biases_are_multiples_of_the_product_of_scales():
         assert ((model[index].bias - net[index].bias).abs() < 0.05).all()
 
 
+@pytest.mark.parametrize("corrected", [False, True])
+def test_biases_of_more_steps_than_int32_holds_stay_as_they_are(corrected):
+    """With 16 bits of weights and inputs a step is so small that all such integers together are a small bias."""
+    net = small()
+    with torch.no_grad():
+        net[0].bias[0] = 5.0
+    step = lc.Quantize(16, activation_bits=16, bias_correction=corrected)
+    model = lc.compress(net, [step], data=X).model
+    code, quantizer = codes.read(model[0], "weight"), layers.input_quantizer(model[0])
+    unit = code.scale.double() * float(quantizer.scale)
+    assert float((5.0 / unit).max()) > 2**31
+    assert torch.equal(model[0].bias, net[0].bias) or corrected
+    assert (model[0].bias - net[0].bias).abs().max() < 1e-3
+
+
 def test_outputs_are_rounded_only_where_they_meet_something_else():
     class Block(nn.Module):
         def __init__(self):

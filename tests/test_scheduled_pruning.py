@@ -116,6 +116,30 @@ def test_steps_skipped_by_amp_do_not_count():
     assert run.global_step == 16 and prune.steps == 8
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
+def test_steps_that_fused_optimizers_skip_inside_do_not_count(kind):
+    """PyTorch calls ``step`` of a fused optimizer for every step, hooks included, and it skips by itself."""
+
+    class Fused(Lit):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (math.inf if batch_idx % 2 else 1.0)
+
+        def configure_optimizers(self):
+            return kind(self.parameters(), lr=0.01, fused=True)
+
+    prune, probe = lc.ScheduledPruning(sparsity=0.5, begin=1, end=3, unit="step", every=1), Probe()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    run = trainer(prune, probe, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    acted, after_step = [], prune.after_step
+    prune.after_step = lambda *args: (acted.append(prune.steps), after_step(*args))
+    run.fit(Fused(), loader())
+    assert run.global_step == 16 and prune.steps == 8 and acted == list(range(8))
+    assert probe.sparsity[6:] == [count_pruned(0.5, N) / N] * 10 and probe.sparsity[2] > 0
+    for skipped in range(1, 16, 2):
+        before, after = probe.weights[skipped - 1], probe.weights[skipped]
+        assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 @pytest.mark.parametrize("optimizer", ["lbfgs", "fused", "sgd-clip"])
 def test_other_optimizers(optimizer):
     class Other(Lit):

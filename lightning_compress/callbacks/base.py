@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from lightning.fabric.utilities import rank_zero_warn
@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_compress.transform import Step, applied, replay
 
@@ -57,6 +58,46 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return found
 
 
+def loss_scale(trainer: Trainer, optimizer: Optimizer) -> float:
+    """By what the gradients are still multiplied when an optimizer is about to step.
+
+    Args:
+        trainer: the running trainer.
+        optimizer: fused ones divide by the scale themselves, later.
+
+    Returns:
+        The scale of the gradient scaler, or 1.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    return float(scaler.get_scale())
+
+
+def updated_by(*optimizers: Optimizer) -> set[int]:
+    """What optimizers update.
+
+    Args:
+        optimizers: any.
+
+    Returns:
+        The ids of their parameters.
+    """
+    return {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
+
+
+def unowned(keys: Sequence[str]) -> dict[str, str]:
+    """Why weights are left alone that no optimizer updates.
+
+    Args:
+        keys: their names.
+
+    Returns:
+        Name -> reason.
+    """
+    return dict.fromkeys(keys, "no optimizer updates it (frozen, or not returned by configure_optimizers)")
+
+
 class _Patch:
     """A method of one module with calls put ahead of it; copies and pickles of the module get the plain method."""
 
@@ -94,7 +135,15 @@ def _strip_non_tensors(module: Any, state_dict: dict[str, Any], prefix: str, loc
         del state_dict[key]
 
 
-def _structural(module: LightningModule) -> tuple[str, ...]:
+def structural(module: LightningModule) -> tuple[str, ...]:
+    """The structural steps that a module carries.
+
+    Args:
+        module: any.
+
+    Returns:
+        JSON text of each step and where it was applied, in order.
+    """
     return tuple(json.dumps({"prefix": p, "step": s.to_json()}) for p, s in applied(module) if s.structural)
 
 
@@ -134,14 +183,15 @@ class CompressionCallback(Callback):
         return ()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Options and own state only: no hooks, so copies and pickles never hold a model, a trainer or an optimizer."""
-        return self.__dict__ | {"_undo": []}
+        """Options and own state only, so copies and pickles never hold a model, a trainer or an optimizer."""
+        lent = ("log", "log_dict")  # bound methods of the module, which Lightning puts here for a run
+        return {k: v for k, v in self.__dict__.items() if k not in lent} | {"_undo": []}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what cannot work and prepare the module; may run several times on one module."""
         self._release()
         self._check(trainer)
-        self._structure = _structural(pl_module)
+        self._structure = structural(pl_module)
         self._patch(pl_module, "on_load_checkpoint", self._replay)
         if not any(hook is _strip_non_tensors for hook in pl_module._state_dict_hooks.values()):
             self._undo.append(pl_module._register_state_dict_hook(_strip_non_tensors).remove)  # type: ignore[no-untyped-call]
@@ -181,7 +231,7 @@ class CompressionCallback(Callback):
         """Give a fresh module the structure the checkpoint was written with (runs before its weights are loaded)."""
         stored = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("structure", ())
         replay(pl_module, [(e["prefix"], Step.from_json(e["step"])) for e in map(json.loads, stored)])
-        self._structure = _structural(pl_module)
+        self._structure = structural(pl_module)
 
     def _check(self, trainer: Trainer) -> None:
         """Refuse orders and strategies that would silently do the wrong thing."""

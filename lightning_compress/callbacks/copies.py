@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_compress.callbacks.fusion import _FirstInput
+from lightning_compress.stats.calibration import take_samples
+
+_SAMPLES = 2  # of the first batch; enough to follow the tensors
 
 
 def part_of(module: nn.Module, attribute: str | None, owner: str) -> nn.Module:
@@ -42,16 +46,46 @@ def part_of(module: nn.Module, attribute: str | None, owner: str) -> nn.Module:
         ) from None
 
 
+class FirstInput:
+    """Forward pre-hook that keeps two samples of a module's first input, on the CPU, and then takes itself off.
+
+    Args:
+        module: whose input it is.
+
+    Attributes:
+        value: positional inputs, or inputs by name; None before there are any, and for inputs that are no tensors.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.value: Any = None
+        self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What PyTorch calls ahead of ``forward``."""
+        if getattr(module.forward, "__func__", None) is not type(module).forward:
+            return  # distributed strategies send training_step's arguments through a patched forward
+        self.handle.remove()
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments if kwargs else args
+        leaves = tree_leaves(given)
+        sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
+        if sizes and all(
+            leaf is None or isinstance(leaf, Tensor | bool | int | float | str) for leaf in leaves
+        ):
+            few = take_samples(given, sizes[0], 0, _SAMPLES)
+            self.value = tree_map(lambda v: v.detach().cpu().clone() if isinstance(v, Tensor) else v, few)
+
+
 class ExampleInput:
     """An input of a part of the module: ``example_input_array``, else two samples of what its forward gets first.
 
     Args:
         attribute: name of the part; None for the whole LightningModule, the only one with an example of its own.
+        owner: class name of the callback, for errors.
     """
 
-    def __init__(self, attribute: str | None) -> None:
-        self.attribute = attribute
-        self._first: _FirstInput | None = None
+    def __init__(self, attribute: str | None, owner: str) -> None:
+        self.attribute, self.owner = attribute, owner
+        self._first: FirstInput | None = None
 
     def start(self, pl_module: LightningModule, undo: list[Callable[[], Any]]) -> None:
         """Wait for the first input, if there is no example.
@@ -59,9 +93,13 @@ class ExampleInput:
         Args:
             pl_module: with its modules built.
             undo: gets what takes the hook off again.
+
+        Raises:
+            MisconfigurationException: it has no such part.
         """
+        part = part_of(pl_module, self.attribute, self.owner)
         if self._own(pl_module) is None:
-            self._first = _FirstInput(part_of(pl_module, self.attribute, type(self).__name__))
+            self._first = FirstInput(part)
             undo.append(self._first.handle.remove)
 
     def value(self, trainer: Trainer, pl_module: LightningModule) -> Any:
@@ -70,6 +108,9 @@ class ExampleInput:
         Args:
             trainer: the running trainer.
             pl_module: as before.
+
+        Returns:
+            What the part can be called with.
         """
         found = self._own(pl_module)
         if found is None and self._first is not None:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import nn
 
-from lightning_compress.callbacks.base import CompressionCallback, _structural, callbacks_of
+from lightning_compress.callbacks.base import CompressionCallback, callbacks_of, structural
+from lightning_compress.callbacks.copies import ExampleInput, part_of
 from lightning_compress.compress import Result, compress
 from lightning_compress.finalize import finalize
 from lightning_compress.fusion import FuseBatchNorm, fold_on_load
-from lightning_compress.stats.calibration import take_samples
 from lightning_compress.transform import NothingChangedError, applied, record
-
-_SAMPLES = 2  # of the first batch; enough to follow the tensors
 
 
 class BatchNormFusion(CompressionCallback):
@@ -62,11 +58,14 @@ class BatchNormFusion(CompressionCallback):
         self.attribute, self.inplace = attribute, inplace
         self.fused: nn.Module | None = None
         self._fitting = False
-        self._first: _FirstInput | None = None
+        self._example = self._new_example()
 
     def __getstate__(self) -> dict[str, Any]:
         """Options and the fused copy; nothing of a running fit."""
-        return super().__getstate__() | {"_first": None}
+        return super().__getstate__() | {"_example": self._new_example()}
+
+    def _new_example(self) -> ExampleInput:
+        return ExampleInput(self.attribute, type(self).__name__)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say what cannot work with this strategy; let a module that is already fused load older weights."""
@@ -104,17 +103,13 @@ class BatchNormFusion(CompressionCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the first input; the modules are all built by now."""
         self.fused = None
-        target = self._target(pl_module)
-        if self._example(pl_module) is None:
-            self._first = _FirstInput(target)
-            self._undo.append(self._first.handle.remove)
+        self._example.start(pl_module, self._undo)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fold; averaged weights, masks and the best epoch's hooks have settled by now."""
-        example = self._example(pl_module)
-        if trainer.world_size > 1:
-            example = trainer.strategy.broadcast(example)  # every rank finds the same pairs
-        target = self._target(pl_module)
+        # The same on every rank, so that all find the same pairs.
+        example = self._example.value(trainer, pl_module)
+        target = part_of(pl_module, self.attribute, type(self).__name__)
         try:
             result = _fuse(target, example)
         except NothingChangedError as error:
@@ -132,7 +127,7 @@ class BatchNormFusion(CompressionCallback):
             fold_on_load(target)
             for callback in callbacks_of(trainer):
                 if isinstance(callback, CompressionCallback):
-                    callback._structure = _structural(pl_module)  # for checkpoints written from now on
+                    callback._structure = structural(pl_module)  # for checkpoints written from now on
         else:
             self.fused = result.model
         skipped = "".join(f"\n  {name} stays: {why}" for name, why in result.plan[0].skipped.items())
@@ -140,25 +135,7 @@ class BatchNormFusion(CompressionCallback):
 
     def _release(self) -> None:
         super()._release()
-        self._first = None
-
-    def _target(self, pl_module: LightningModule) -> nn.Module:
-        if self.attribute is None:
-            return pl_module
-        try:
-            return pl_module.get_submodule(self.attribute)
-        except AttributeError:
-            known = ", ".join(name for name, _ in pl_module.named_children())
-            raise MisconfigurationException(
-                f"BatchNormFusion(attribute={self.attribute!r}): {type(pl_module).__name__} has no such submodule; "
-                f"it has: {known or 'none'}."
-            ) from None
-
-    def _example(self, pl_module: LightningModule) -> Any:
-        """The module's own example input, else what was captured, else None."""
-        if self.attribute is None and pl_module.example_input_array is not None:
-            return pl_module.example_input_array
-        return self._first and self._first.value
+        self._example = self._new_example()
 
 
 def _fuse(target: nn.Module, example: Any) -> Result:
@@ -173,24 +150,3 @@ def _fuse(target: nn.Module, example: Any) -> Result:
             raise
         rank_zero_info(f"BatchNormFusion reads the code, because the example input fails: {error!r}")
         return compress(plain, FuseBatchNorm())
-
-
-class _FirstInput:
-    """Forward pre-hook that keeps two samples of a module's first input, on the CPU, and then takes itself off."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.value: Any = None
-        self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if getattr(module.forward, "__func__", None) is not type(module).forward:
-            return  # distributed strategies send training_step's arguments through a patched forward
-        self.handle.remove()
-        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments if kwargs else args
-        leaves = tree_leaves(given)
-        sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
-        if sizes and all(
-            leaf is None or isinstance(leaf, Tensor | bool | int | float | str) for leaf in leaves
-        ):
-            few = take_samples(given, sizes[0], 0, _SAMPLES)
-            self.value = tree_map(lambda v: v.detach().cpu().clone() if isinstance(v, Tensor) else v, few)

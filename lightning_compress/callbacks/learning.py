@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_compress.callbacks.base import loss_scale, updated_by
 from lightning_compress.quantization import training
 from lightning_compress.quantization.learned import ClippedInput
 from lightning_compress.quantization.quantizers import TrainingQuantizer
@@ -70,10 +71,8 @@ def penalize(
         quantizers: any.
         strength: lambda.
     """
-    owned = {id(p) for g in optimizer.param_groups for p in g["params"]}
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    fused = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
-    factor = 2 * strength * (scaler.get_scale() if fused else 1.0)  # type: ignore[union-attr]
+    owned = updated_by(optimizer)
+    factor = 2 * strength * loss_scale(trainer, optimizer)
     for quantizer in quantizers:
         if (
             not isinstance(quantizer, ClippedInput)

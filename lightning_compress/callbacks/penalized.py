@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,29 +16,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compress.callbacks.base import callbacks_of, log_due, logged_step
+from lightning_compress.callbacks.base import callbacks_of, log_due, logged_step, loss_scale, updated_by
 from lightning_compress.callbacks.pruning import ScheduledPruning
 from lightning_compress.callbacks.scheduled import ScheduledCallback
 from lightning_compress.names import name_of, resolve
 from lightning_compress.schedules import constant
 from lightning_compress.tables import reasons
 from lightning_compress.targets import Patterns
-
-
-def loss_scale(trainer: Trainer, optimizer: Optimizer) -> float:
-    """By what the gradients are still multiplied when an optimizer is about to step.
-
-    Args:
-        trainer: the running trainer.
-        optimizer: fused ones divide by the scale themselves, later.
-
-    Returns:
-        The scale of the gradient scaler, or 1.
-    """
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
-        return 1.0
-    return float(scaler.get_scale())
 
 
 class PenalizingCallback(ScheduledCallback):
@@ -157,8 +141,7 @@ class PenalizingCallback(ScheduledCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the weights (everything is built by now), follow the optimizers."""
-        updated = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
-        skipped = self.find(pl_module, updated)
+        skipped = self.find(pl_module, updated_by(*trainer.optimizers))
         if not self.penalized:
             raise MisconfigurationException(
                 f"{type(self).__name__} found nothing to penalize with include={self.include!r}:"
@@ -173,8 +156,7 @@ class PenalizingCallback(ScheduledCallback):
 
     def _owned(self, optimizer: Optimizer) -> set[int]:
         """Ids of the penalized parameters that an optimizer updates."""
-        penalized = {id(p) for p in self.penalized.values()}
-        return {id(p) for g in optimizer.param_groups for p in g["params"]} & penalized
+        return updated_by(optimizer) & {id(p) for p in self.penalized.values()}
 
     @torch.no_grad()
     def on_before_optimizer_step(
@@ -255,15 +237,3 @@ def with_options(
         allowed = ", ".join(map(str, list(signature.parameters.values())[1:])) or "none"
         raise ValueError(f"kind={name_of(kind)!r}: {error}; options of this kind: {allowed}.") from None
     return functools.partial(rule, **options)
-
-
-def unowned(keys: Sequence[str]) -> dict[str, str]:
-    """Why weights are left alone that no optimizer updates.
-
-    Args:
-        keys: their names.
-
-    Returns:
-        Name -> reason.
-    """
-    return dict.fromkeys(keys, "no optimizer updates it (frozen, or not returned by configure_optimizers)")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_compress import codes
-from lightning_compress.callbacks.base import log_due, logged_step
+from lightning_compress.callbacks.base import log_due, logged_step, unowned, updated_by
 from lightning_compress.callbacks.scheduled import ScheduledCallback
 from lightning_compress.functional.masks import apply_mask_, pack_bits, unpack_bits
 from lightning_compress.names import clean, name_of
@@ -147,10 +147,11 @@ class ScheduledPruning(ScheduledCallback):
         found = survey(pl_module, self.transform.include, self.transform.exclude)
         self._shares, skipped = self.transform.shares(found.targets)
         skipped |= found.skipped
-        updated = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
+        updated = updated_by(*trainer.optimizers)
         self._targets = [t for t in found.targets if t.key in self._shares and id(t.weight) in updated]
-        for key in [t.key for t in found.targets if t.key in self._shares and t not in self._targets]:
-            skipped[key] = "no optimizer updates it (frozen, or not returned by configure_optimizers)"
+        lost = [t.key for t in found.targets if t.key in self._shares and id(t.weight) not in updated]
+        skipped |= unowned(lost)
+        for key in lost:
             del self._shares[key]
         if not self._targets:
             raise MisconfigurationException(
@@ -188,7 +189,7 @@ class ScheduledPruning(ScheduledCallback):
         return masks
 
     def _owned(self, optimizer: Optimizer) -> list[Target]:
-        ids = {id(p) for g in optimizer.param_groups for p in g["params"]}
+        ids = updated_by(optimizer)
         return [t for t in self._targets if id(t.weight) in ids]
 
     def _hold(self, targets: list[Target]) -> None:

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lightning_compress.callbacks import averages, folds, learning
-from lightning_compress.callbacks.base import callbacks_of, logged_step
+from lightning_compress.callbacks.base import callbacks_of, logged_step, updated_by
 from lightning_compress.callbacks.pruning import ScheduledPruning
 from lightning_compress.callbacks.quantizing import QuantizingCallback
 from lightning_compress.quantization import optimizers, training
@@ -156,23 +156,6 @@ class QuantizationAwareTraining(QuantizingCallback):
         self._stays = folds.fold_all(pl_module) if self.fold_batchnorm else {}
         return new
 
-    def _check_folds(self, pl_module: LightningModule) -> None:
-        lost = folds.strayed(pl_module)
-        if lost:
-            raise MisconfigurationException(
-                f"fold_batchnorm=True: the BatchNorm behind {listing(lost)} was replaced after setup, as "
-                "Trainer(sync_batchnorm=True) does. Folding takes the statistics of one process: leave one of them out."
-            )
-        if self.fold_batchnorm and None not in self._stays.values():
-            kept = {name: why for name, why in self._stays.items() if why}
-            rank_zero_warn(f"fold_batchnorm=True folds nothing:{reasons(kept) or ' there is no BatchNorm.'}")
-        if self.method == "lsq" and self.begin == 0 and not self._restored and folds.unseen(pl_module):
-            rank_zero_warn(
-                f"fold_batchnorm=True: the BatchNorm behind {listing(folds.unseen(pl_module))} has seen no batch, "
-                "so the first steps belong to a variance of 1, and the folded weights may leave their range for good: "
-                "start from a trained network, or set begin= (0.1, say)."
-            )
-
     # -- fit ---------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -187,7 +170,9 @@ class QuantizationAwareTraining(QuantizingCallback):
         self._owner = weakref.ref(pl_module)
         self._waiting = {name for name, q in self._quantizers.items() if not q.initialized}
         self._check_pruning(trainer, pl_module)
-        self._check_folds(pl_module)
+        folds.check(pl_module, self._stays if self.fold_batchnorm else None)
+        if self.method == "lsq" and self.begin == 0 and not self._restored:
+            folds.warn_of_unseen(pl_module)
         learning.adopt(trainer, self._done.targets)
         super().on_fit_start(trainer, pl_module)
         for optimizer in trainer.optimizers:
@@ -348,7 +333,7 @@ class QuantizationAwareTraining(QuantizingCallback):
     def counts_steps_of(self, optimizer: Optimizer) -> bool:
         """An optimizer that updates a weight or a step."""
         ours = {id(t.weight) for t in self._done.targets} | {id(p) for p in self._learned()}
-        return any(id(p) in ours for g in optimizer.param_groups for p in g["params"])
+        return bool(ours & updated_by(optimizer))
 
     @torch.no_grad()
     def after_step(self, trainer: Trainer, optimizer: Optimizer) -> None:

@@ -11,9 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_compress.callbacks.base import unowned
 from lightning_compress.callbacks.copies import ExampleInput, part_of
 from lightning_compress.callbacks.matrices import PairView, View
-from lightning_compress.callbacks.penalized import PenalizingCallback, unowned, with_options
+from lightning_compress.callbacks.penalized import PenalizingCallback, with_options
 from lightning_compress.callbacks.views import SchemeChooser, find_views, one_by_one
 from lightning_compress.compress import compress
 from lightning_compress.finalize import finalize
@@ -80,7 +81,6 @@ class LowRankRegularization(PenalizingCallback):
             that shards weights, a sparse gradient.
 
     Examples:
-        >>> from lightning_compress.callbacks.regularization import LowRankRegularization
         >>> LowRankRegularization("scad", 1e-3, options={"lam": 0.5}, begin=0.1).kind
         'scad'
 
@@ -138,13 +138,16 @@ class LowRankRegularization(PenalizingCallback):
         self.factorize, self.attribute = factorize, attribute
         self.factorized: nn.Module | None = None
         self._views: list[View] = []
-        self._example = ExampleInput(attribute)
+        self._example = self._new_example()
         self._schemes: dict[str, str] = {}  # parameter name -> scheme whose matrix is penalized
         self._cut_at = -1  # steps at the last truncation
 
     def __getstate__(self) -> dict[str, Any]:
         """Options, counters and the factorized copy; nothing of a running fit."""
-        return super().__getstate__() | {"_views": [], "_example": ExampleInput(self.attribute)}
+        return super().__getstate__() | {"_views": [], "_example": self._new_example()}
+
+    def _new_example(self) -> ExampleInput:
+        return ExampleInput(self.attribute, type(self).__name__)
 
     @property
     def in_loss(self) -> bool:
@@ -235,7 +238,6 @@ class LowRankRegularization(PenalizingCallback):
         """Find the matrices; wait for an input that the factorized copy may need."""
         self.factorized = None
         if self.factorize is not None:
-            part_of(pl_module, self.attribute, type(self).__name__)
             self._example.start(pl_module, self._undo)
         super().on_fit_start(trainer, pl_module)
 
@@ -265,7 +267,7 @@ class LowRankRegularization(PenalizingCallback):
     def _release(self) -> None:
         super()._release()
         self._views = []
-        self._example = ExampleInput(self.attribute)
+        self._example = self._new_example()
 
     # -- logging -----------------------------------------------------------------------------------------------
 

@@ -141,6 +141,10 @@ class ScheduledCallback(CompressionCallback):
             self._undo.append(optimizer.register_step_post_hook(hook).remove)
 
     def _stepped(self, trainer: Trainer, index: int, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # Optimizers that unscale by themselves (fused ones) are called for every step, and skip what overflowed inside.
+        overflow = getattr(optimizer, "found_inf", None)
+        if overflow is not None and bool(torch.as_tensor(overflow).any()):
+            return
         self.after_step(trainer, optimizer)
         if not self.counts_steps_of(optimizer):
             return

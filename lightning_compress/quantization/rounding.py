@@ -65,7 +65,7 @@ def make_bias_an_integer(
     """Round the bias beside a weight to a multiple of ``s_x s_w``, the step in which integer products are summed.
 
     Nothing happens where there is no such step: without a static quantizer of inputs, or with a scale for every run of
-    inputs.
+    inputs. Nor where a value is more of these steps than int32 holds, as with 16 bits of both: it would be clipped.
 
     Args:
         target: linear layer or convolution.
@@ -79,6 +79,6 @@ def make_bias_an_integer(
     scale = decided["arrays"]["scale"].double() * quantizer["scale"]
     if len(scale) not in (1, len(bias)):
         return
-    value = decided.get("bias", bias).detach().cpu().double()
-    most = torch.iinfo(torch.int32).max
-    decided["bias"] = ((value / scale).round().clamp(-most, most) * scale).to(bias.dtype)
+    integers = (decided.get("bias", bias).detach().cpu().double() / scale).round()
+    if bool((integers.abs() <= torch.iinfo(torch.int32).max).all()):
+        decided["bias"] = (integers * scale).to(bias.dtype)
