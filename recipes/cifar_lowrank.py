@@ -31,13 +31,11 @@ def fit(lit: LitClassifier, steps: int, stage: str, options: argparse.Namespace,
     ).fit(lit, CIFAR10(options.data, options.batch_size, options.train_size, options.limit_test))
 
 
-def factorized(net: nn.Module, options: argparse.Namespace) -> nn.Module:
+def factorized(net: nn.Module, options: argparse.Namespace) -> Any:
     """Schemes and ranks that lose least of every layer's output under the budget."""
     inputs = normalize(read(options.data, True, min(options.train_size or 512, 512))[0]).split(128)
     rule = lc.Factorize(budget=("macs", 1 / options.macs_ratio), activation_aware=True, samples=512)
-    result = lc.compress(net.eval(), [rule], example_input=inputs[0][:1], data=inputs)
-    print(result.plan[0].data)
-    return result.model.train()
+    return lc.compress(net.eval(), [rule], example_input=inputs[0][:1], data=inputs)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         "--regularize-steps", type=int, default=200, help="with the penalty, before factorizing"
     )
     parser.add_argument("--kind", default="nuclear", choices=["nuclear", "entropy", "l1_l2", "hoyer", "scad"])
-    parser.add_argument("--strength", type=float, default=1e-3)
+    parser.add_argument("--strength", type=float, default=0.05)
     options = parser.parse_args(argv)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     seed_everything(options.seed, workers=True, verbose=False)
@@ -56,15 +54,15 @@ def main(argv: list[str] | None = None) -> None:
     networks = {"dense": build(options.arch, options.checkpoint)}
     networks["dense"].load_state_dict(lit.net.state_dict())
     if options.regularize_steps:
-        fit(
-            lit,
-            options.regularize_steps,
-            "regularize",
-            options,
-            lc.LowRankRegularization(options.kind, options.strength),
-        )
+        # The penalty is for the matrices that will be factorized.
+        layers = factorized(networks["dense"], options).plan[0].layers.values()
+        schemes = {f"net.{decided['layer']}": decided["scheme"] for decided in layers}
+        low = lc.LowRankRegularization(options.kind, options.strength, matrix=schemes, include=list(schemes))
+        fit(lit, options.regularize_steps, "regularize", options, low)
         networks["regularized"] = lc.finalize(lit).net
-    lit.net = factorized(lit.net, options)
+    result = factorized(lit.net, options)
+    print(result.plan[0].data)
+    lit.net = result.model.train()
     networks["factorized"] = lc.finalize(lit).net
     if options.max_steps:
         fit(lit, options.max_steps, "fine_tune", options)

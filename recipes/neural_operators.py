@@ -38,6 +38,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -397,9 +398,18 @@ def factorize(options: argparse.Namespace, net: nn.Module) -> list[lc.Transform]
         how["budget"] = tuple(how["budget"])
     how |= given(options, "scheme", "activation_aware", "real_channel", "damping")
     where = which(options, list(spectral_layers(net)))
-    # TFNO and CODANO hold Tucker factors: they become one weight, which is then factorized anew.
-    held = any(is_factorized(layer) for layer in spectral_layers(net, **where).values())
-    return [*([lc.MergeFactors(**where)] if held else []), lc.Factorize(**how, **where)]
+    return [*merged(net, where), lc.Factorize(**how, **where)]
+
+
+def merged(net: nn.Module, where: dict[str, list[str]], growing: bool = True) -> list[lc.Transform]:
+    """Neuraloperator's factors (of TFNO and CODANO) as one weight: all, or where they store as many numbers as it."""
+    held = []
+    for name, layer in spectral_layers(net, **where).items():
+        if is_factorized(layer):
+            stored = sum(p.numel() for p in layer.weight.parameters())
+            if growing or math.prod(layer.weight.shape) <= stored:
+                held.append(name)
+    return [lc.MergeFactors(include=held)] if held else []
 
 
 def drop_layers(options: argparse.Namespace, net: nn.Module) -> list[lc.Transform]:
@@ -421,25 +431,31 @@ def truncate(options: argparse.Namespace, net: nn.Module) -> list[lc.Transform]:
 
 
 def quantize(options: argparse.Namespace, net: nn.Module) -> list[lc.Transform]:
-    """Floats, and ``--mode weight``, round weights only; activations never get fewer than 8 bits."""
-    where = which(options, ["*"])
+    """Once for each weight: CODANO's Tucker factors of full rank are as large as their product, and are merged."""
     if options.precision == "fp32":
         return []
+    where = which(options, ["*"])
+    return [*merged(net, where, growing=False), rounded(options, where)]
+
+
+def rounded(options: argparse.Namespace, where: dict[str, list[str]]) -> lc.Transform:
+    """Floats, and ``--mode weight``, round weights only; activations never get fewer than 8 bits."""
     if not options.precision.startswith("int"):
-        return [lc.Quantize(format=options.precision, **where)]
+        return lc.Quantize(format=options.precision, **where)
     bits = int(options.precision.removeprefix("int"))
     activations: dict[str, Any] = {}
     if options.mode != "weight":
         activations = {"activation_bits": max(bits, 8), "mode": options.mode}
         activations |= {"activation_calibrator": options.activation_calibrator}
     weights = {"granularity": options.granularity, "calibrator": options.calibrator}
-    return [lc.Quantize(bits, **weights, **activations, **where)]
+    return lc.Quantize(bits, **weights, **activations, **where)
 
 
 def combine(options: argparse.Namespace, net: nn.Module) -> list[lc.Transform]:
     """Low rank, zeros in what is left, few bits; ``--include`` is for the first two."""
-    everywhere = argparse.Namespace(**vars(options) | {"include": None})
-    return [*factorize(options, net), *prune(options, net), *quantize(everywhere, net)]
+    everywhere = {"include": ["*"], "exclude": list(options.exclude)}
+    zeros = prune(options, net) if options.sparsity else []
+    return [*factorize(options, net), *zeros, rounded(options, everywhere)]
 
 
 class Verb(NamedTuple):
@@ -470,7 +486,8 @@ def compressed(
 ) -> Any:
     """Post-training, with calibration inputs from the training fields or (``--data-free``) like one of them."""
     x = fields.train[0]
-    return lc.compress(original.net, todo, example_input=x[:1], data=None if options.data_free else x[:256])
+    data = None if options.data_free else x[:256]
+    return lc.compress(original.net, todo, example_input=x[:1], data=data, seed=options.seed)
 
 
 def finetuned(options: argparse.Namespace, original: Trained, fields: Fields) -> nn.Module:

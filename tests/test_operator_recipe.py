@@ -1,7 +1,9 @@
 """Every verb of the neural-operator recipe runs for a few steps, and what it writes is what it says."""
 
+import gc
 import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,15 @@ from recipes import neural_operators as recipe
 pytest.importorskip("neuralop.models")
 pytest.importorskip("scipy.sparse.linalg")
 LAYERS = {"fno": "2", "tfno": "1", "uno": "4", "codano": "1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _only_new_objects_are_searched_for_garbage() -> Iterator[None]:
+    """Every timing collects garbage first, which takes longer than the timed passes if all of torch is searched."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +68,12 @@ def error(net: nn.Module, known: dict, pack: Path, size: int) -> float:
         x, y = (fields[f"{k}_test_{stored}"][:, None, ::every, ::every].astype(np.float32) for k in "xy")
         x, y = torch.from_numpy(x), torch.from_numpy(y)
         return relative_l2_error(net(x) * known["std"] + known["mean"], y, 2).item()
+
+
+def levels(weight: torch.Tensor) -> int:
+    """The most different real numbers in a slice, along the axis on which there are fewest: that of the scales."""
+    slices = (torch.view_as_real(weight).unbind(axis) for axis in range(weight.dim()))
+    return min(max(len(part.unique()) for part in parts) for parts in slices)
 
 
 def zeros(net: nn.Module) -> tuple[int, int]:
@@ -231,11 +248,11 @@ def test_sweep_prints_a_row_for_each_strength_and_draws(trained: Path, pack: Pat
 @pytest.mark.parametrize(
     ("verb", "more"),
     [
-        ("factorize", ["--rank_ratio", "0.5"]),
-        ("factorize", ["--params-ratio", "0.6", "--scheme", "tucker"]),
-        ("truncate", ["--modes", "4", "4"]),
+        ("factorize", ["--rank_ratio", "0.5", "--no_activation_aware", "--scheme", "tucker"]),
+        ("factorize", ["--budget", "params", "0.6", "--real-channel", "--damping", "0.1"]),
+        ("truncate", ["--energy-ratio", "0.6", "--augment", "transpose"]),
         ("truncate", ["--keep-ratio", "0.5", "--partial-fourier"]),
-        ("drop-layers", ["--unit", "spectral", "--count", "1"]),
+        ("drop-layers", ["--unit", "spectral", "--names", "fno_blocks.convs.1"]),
         ("drop-layers", ["--ratio", "0.5"]),
     ],
 )
@@ -255,6 +272,95 @@ def test_smaller_structures(verb: str, more: list[str], trained: Path, pack: Pat
         verb != "factorize" and "spectral" not in more
     ):  # half of the rank of a square contraction is as many products
         assert row["macs"] < row["baseline"]["macs"]
+
+
+def test_low_rank_goes_by_outputs_unless_told_otherwise(trained: Path, pack: Path) -> None:
+    """The recipe's factors against the transform's own, with the same inputs."""
+    known = json.loads(trained.with_suffix(".json").read_text())
+    original = recipe.build(known["config"]).eval()
+    original.load_state_dict(torch.load(trained, weights_only=True), strict=False)
+    with np.load(pack) as fields:
+        x = torch.from_numpy(fields["x_train_16"][:, None].astype(np.float32))
+    where = list(spectral_layers(original))
+    for more, aware in (([], True), (["--no-activation-aware"], False)):
+        run("factorize", "--params-ratio", "0.5", "--scheme", "channel_in", *more, trained=trained, pack=pack)
+        net, _ = restored("out/fno_factorize.lcz")
+        how = {"params_ratio": 0.5, "scheme": "channel_in", "activation_aware": aware, "damping": 1e-2}
+        own = lc.compress(original, [lc.Factorize(**how, include=where)], data=x).model
+        with torch.no_grad():
+            assert torch.allclose(net(x), own(x), atol=1e-4)
+
+
+def test_combine_is_low_rank_with_zeros_on_a_grid(trained: Path, pack: Path, capsys) -> None:
+    asked = ["--params-ratio", "0.6", "--sparsity", "0.4", "--bits", "5", "--finetune-epochs", "4"]
+    run("combine", *asked, trained=trained, pack=pack)
+    printed = capsys.readouterr().out
+    dense = recipe.build(json.loads(trained.with_suffix(".json").read_text())["config"])
+    for name in ("combine", "combine_finetuned"):
+        net, known = restored(f"out/fno_{name}.lcz")
+        spectral = spectral_layers(net).values()
+        weights = [p for layer in spectral for p in layer.parameters() if p.is_complex()]
+        total = sum(w.numel() for w in weights)
+        assert total <= 0.6 * sum(p.numel() for p in dense.parameters() if p.is_complex())
+        assert len(weights) == 2 * len(spectral)  # two factors each
+        # Rounding may add zeros to those of the mask.
+        assert sum(int((w == 0).sum()) for w in weights) >= int(0.4 * total + 0.5)
+        assert all(levels(w) <= 32 for w in weights)
+        row = known["evaluation"][0]
+        assert row["errors"]["L2"] == pytest.approx(error(net, known, pack, 16), rel=1e-4)
+        ratio = 4 * lc.cost(dense).params / Path(f"out/fno_{name}.lcz").stat().st_size
+        assert known["compression_ratio"] == pytest.approx(ratio) and f", {ratio:.2f} x smaller" in printed
+    assert not list(Path("out").glob("*sweep*"))
+    with pytest.raises(SystemExit):
+        recipe.main(["sweep", "combine"])
+
+
+def test_a_sweep_needs_strengths_of_one_kind(capsys) -> None:
+    for argv in (["prune"], ["factorize", "--rank-ratio", "0.5", "--params-ratio", "0.5"]):
+        with pytest.raises(SystemExit):
+            recipe.main(["sweep", *argv])
+    printed = capsys.readouterr().err
+    assert "--sparsity is required" in printed and "not allowed with argument --rank-ratio" in printed
+
+
+def test_transposed_fields_are_trained_on(pack: Path) -> None:
+    """Half of the samples change x and y, inputs and outputs alike; without the option none does."""
+    seen: list[torch.Tensor] = []
+
+    class Looks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            return x
+
+    for augment in ("none", "transpose"):
+        asked = options("--data", str(pack), "--augment", augment)
+        fields = recipe.read(asked)
+        lit = recipe.LitOperator(Looks(), fields, asked)
+        lit.log = lambda *args: None
+        torch.manual_seed(0)
+        x, _ = fields.train
+        loss = lit.training_step((x, x), 0)
+        again = seen[-1]
+        swapped = [bool((a == b.mT).all()) for a, b in zip(again, x, strict=True)]
+        same = [bool((a == b).all()) for a, b in zip(again, x, strict=True)]
+        assert all(a or b for a, b in zip(swapped, same, strict=True))
+        assert any(swapped) == (augment == "transpose") and any(same)
+        # The target is transposed along: the loss of y = x is that of the untransposed fields.
+        expected = recipe.relative_l2(x, (x - lit.mean) / lit.std)
+        assert torch.isclose(loss, expected)
+
+
+def test_full_rank_factors_are_merged_before_they_are_rounded() -> None:
+    """CODANO holds Tucker weights of full rank: their product has fewer numbers. TFNO's are smaller than theirs."""
+    sizes = {"width": 4, "n_modes": [4, 4], "layers": 1, "rank": 0.3}
+    asked = recipe.parser().parse_args(["quantize"])
+    for model, merges in (("codano", True), ("tfno", False)):
+        net = recipe.build({"model": model, **sizes}).eval()
+        small = lc.compress(net, recipe.quantize(asked, net), example_input=torch.rand(1, 1, 16, 16)).model
+        cores = [name for name, _ in small.named_parameters() if name.endswith("core")]
+        assert bool(cores) != merges
+        before, after = (lc.cost(m).params for m in (net, small))
+        assert after < before if merges else after == before
 
 
 def test_weights_that_neuraloperator_factorized_are_factorized_anew(pack: Path) -> None:

@@ -25,10 +25,8 @@ from lightning_compress.tables import text
 SPECTRAL = "fno_blocks.convs.*"
 
 
-def variants(fno: nn.Module, inputs: Tensor) -> dict[str, nn.Module]:
+def variants(fno: nn.Module, inputs: Tensor, half: tuple[int, ...]) -> dict[str, nn.Module]:
     """The original and what is compared with it."""
-    stored = tuple(fno.fno_blocks.convs[0].weight.shape[2:])
-    half = (stored[0] // 2, 2 * (stored[1] // 2))  # the last axis stores the non-negative half
     steps = {
         "same modes": [],
         "half the modes": [lc.TruncateModes(modes=half)],
@@ -95,6 +93,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", help=".npz with x_train_16")
     parser.add_argument("--hidden-channels", type=int, default=24)
     parser.add_argument("--n-modes", type=int, nargs=2, default=[8, 8])
+    parser.add_argument(
+        "--half-modes",
+        type=int,
+        nargs=2,
+        default=[5, 6],
+        help="stored as 5 x 4 of 8 x 5, the last axis being halved",
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--runs", type=int, default=20)
@@ -110,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.data:
         with np.load(options.data) as pack:
             inputs = torch.from_numpy(pack["x_train_16"][:128]).float()[:, None]
-    networks = variants(fno.eval(), inputs)
+    networks = variants(fno.eval(), inputs, tuple(options.half_modes))
     rows = []
     for size in options.sizes:
         for batch in options.batch_sizes:
