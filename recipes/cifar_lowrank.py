@@ -4,6 +4,19 @@
     python recipes/cifar_lowrank.py --checkpoint resnet20.safetensors
 
 Data and checkpoints are those of ``recipes/cifar_resnet.py``.
+
+Measured on ResNet-20 with 5,000 test images (half of the test set), last step, seed 0, one run, the options as they are:
+
+                   top-1      parameters         MACs   file_bytes   ratio   speed-up
+    dense          91.50 %       269,722   40,551,040      909,174    1.19
+    regularized    90.80 %       269,722   40,551,040      909,143    1.19       0.96
+    factorized     71.60 %       100,727   14,274,176      344,107    3.15       1.23
+    fine-tuned     87.16 %       100,727   14,274,176      344,119    3.15       1.21
+    fused          87.16 %       100,039   14,274,176      337,843    3.21       1.50
+
+150 steps with the penalty and 300 of fine-tuning, 128 images each: a small part of a training. Speed-up: one image, one
+thread, paired medians. Machine: 2 shared cores of an Intel Xeon at 2.1 GHz, CPU only. Python 3.11, torch 2.15.0,
+lightning 2.6.6.
 """
 
 from __future__ import annotations
@@ -43,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     add_options(parser, "outputs/cifar_lowrank", max_steps=300, lr=0.01)
     parser.add_argument("--macs-ratio", type=float, default=2.84, help="how many times fewer MACs")
     parser.add_argument(
-        "--regularize-steps", type=int, default=200, help="with the penalty, before factorizing"
+        "--regularize-steps", type=int, default=150, help="with the penalty, before factorizing"
     )
     parser.add_argument("--kind", default="nuclear", choices=["nuclear", "entropy", "l1_l2", "hoyer", "scad"])
     parser.add_argument("--strength", type=float, default=0.05)
