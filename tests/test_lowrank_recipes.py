@@ -67,6 +67,9 @@ def test_latency_of_operators(capsys):
     small = [
         "--hidden-channels",
         "6",
+        "--half-modes",
+        "2",
+        "4",
         "--n-modes",
         "4",
         "4",

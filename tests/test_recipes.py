@@ -203,8 +203,9 @@ def test_cifar_post_training(
             f"{(logits.argmax(1) == labels).float().mean():.2%}",
             f"{(logits.argmax(1) != dense.argmax(1)).float().mean():.2%}",
             f"{268_336 - kept:,} of 268,336",
+            f"{lc.cost(net).params:,}",
             f"{Path(f'out/{name}.lcz').stat().st_size:,}",
-            *cells(printed, name)[5:],
+            *cells(printed, name)[6:],
         ]
         assert any(isinstance(m, nn.BatchNorm2d) for m in net.modules()) == (name == "dense" or not fuse)
 

@@ -101,8 +101,10 @@ def step_times(
     Returns:
         Name -> milliseconds of every step.
     """
-    for package in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(package).setLevel(logging.WARNING)
+    loggers = [logging.getLogger(package) for package in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     turns = Turns(len(fits))
     timers = {name: StepTimer(turns, me) for me, name in enumerate(fits)}
     failed: list[BaseException] = []
@@ -132,6 +134,8 @@ def step_times(
         worker.start()
     for worker in workers:
         worker.join()
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
     if failed:
         raise failed[0]
     return {name: np.array(timer.times)[warmup:] for name, timer in timers.items()}
