@@ -5,7 +5,7 @@
 
 Data and checkpoints are those of ``recipes/cifar_resnet.py``.
 
-Measured on ResNet-20 with 5,000 test images (half of the test set), last step, seed 0, one run, the options as they are:
+Measured on ResNet-20 with 5,000 test images (half of the test set), last step, seed 0, one run, options as they are:
 
                    top-1      parameters         MACs   file_bytes   ratio   speed-up
     dense          91.50 %       269,722   40,551,040      909,174    1.19
