@@ -1,6 +1,7 @@
 """Every transform runs through the same contracts; a new method adds one row to ``CASES``."""
 
 import copy
+import functools
 import json
 import pickle
 from dataclasses import dataclass
@@ -167,9 +168,14 @@ X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 DATA = [torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(6))]
 
 
-def model(kind: str) -> nn.Module:
+@functools.cache
+def built(kind: str) -> nn.Module:
     torch.manual_seed(0)
     return MODELS[kind]().eval()
+
+
+def model(kind: str) -> nn.Module:
+    return copy.deepcopy(built(kind))
 
 
 def tensors(m: nn.Module) -> dict[str, torch.Tensor]:
