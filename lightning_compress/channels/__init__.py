@@ -1,0 +1,1 @@
+"""Which channels of a model depend on which, and their removal."""

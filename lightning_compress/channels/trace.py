@@ -1,0 +1,277 @@
+"""Which channels of which tensors belong together: one forward pass, watched operation by operation.
+
+Every axis of every parameter and buffer starts with a label of its own for each index. Operations make labels equal
+(an addition, the inputs of a layer and the outputs of the one before), carry them on to their results, or
+fix them (a size that is written in the user's code, an operation that is not known).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_compress.channels.labels import Ids, Labels
+from lightning_compress.channels.rules import rule_of
+from lightning_compress.names import clean
+from lightning_compress.stats.running import call, observing
+
+AxisLabels = tuple[Ids | None, ...]
+_HEADS = re.compile(r"(num|n)?_?(attention|attn)?_?heads?$|nhead$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A number of a module that says how many channels there are.
+
+    Args:
+        module: name of the module.
+        name: of the attribute.
+        index: position in it, if it is a tuple.
+        labels: the channels that it counts.
+        sure: False for one that is only known to have the same value.
+    """
+
+    module: str
+    name: str
+    index: int | None
+    labels: Ids
+    sure: bool = True
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiplications of one operation: a constant times the lengths of some axes.
+
+    Args:
+        layer: name of the module that ran it.
+        constant: what does not depend on channels.
+        axes: labels of the axes that do.
+    """
+
+    layer: str
+    constant: float
+    axes: tuple[Ids, ...]
+
+
+@dataclass
+class Trace:
+    """What one forward pass shows.
+
+    Args:
+        axes: full name of a parameter or buffer -> labels of each of its axes.
+        attributes: numbers of modules that count channels.
+        work: multiplications.
+        grouped: full name of the weight of a grouped convolution -> "groups" (whole groups go) or "positions"
+            (the same channel of every group goes).
+        classes: label -> class; what is in one class goes together.
+        frozen: class -> why it stays.
+        split: classes that code splits into a fixed number of parts.
+        shapes: shapes of the tensors that the model gave out.
+    """
+
+    axes: dict[str, AxisLabels]
+    attributes: list[Attribute] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
+    grouped: dict[str, str] = field(default_factory=dict)
+    classes: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
+    frozen: dict[int, str] = field(default_factory=dict)
+    split: set[int] = field(default_factory=set)
+    shapes: tuple[tuple[int, ...], ...] = ()
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by their clean full names, shared ones once.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Name -> tensor.
+    """
+    return {clean(name): t for name, t in chain(model.named_parameters(), model.named_buffers())}
+
+
+def trace(model: nn.Module, x: Any, grouped: dict[str, str] | None = None) -> Trace:
+    """Run the model once and see which channels belong together; the model is left as it was.
+
+    Args:
+        model: any module.
+        x: one input: a tensor, a tuple of arguments or a dict of keywords.
+        grouped: for grouped convolutions, how they are taken apart (see ``Trace``); decided here if None.
+
+    Returns:
+        The trace.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> seen = trace(net, torch.ones(1, 2))
+        >>> out, into = seen.axes["0.weight"][0], seen.axes["2.weight"][1]
+        >>> bool((seen.classes[out] == seen.classes[into]).all())
+        True
+    """
+    watcher = Watcher(model, grouped or {})
+    with ExitStack() as stack:
+        stack.enter_context(observing(model))
+        for name, module in model.named_modules():
+            stack.callback(module.register_forward_pre_hook(watcher.enter(clean(name), module)).remove)
+            stack.callback(module.register_forward_hook(watcher.leave, always_call=True).remove)
+        with watcher:
+            output = call(model, x)
+    given = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+    for tensor in given:
+        watcher.freeze(tensor, None, "the model gives it out")
+    return watcher.result(given)
+
+
+class Watcher(TorchDispatchMode):
+    """Follows labels through the operations that run inside."""
+
+    def __init__(self, model: nn.Module, grouped: dict[str, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.labels = Labels()
+        self.grouped, self.attributes, self.work = dict(grouped), [], []  # type: ignore[var-annotated]
+        self.splits: list[Ids] = []
+        self.stack: list[tuple[str, nn.Module]] = [("", model)]
+        self._taken: list[set[str]] = [set()]
+        self.owned = tensors_of(model)
+        self._known: dict[int, tuple[Tensor, AxisLabels]] = {}  # holding on to a tensor keeps its id its own
+        self._names = {id(t): name for name, t in self.owned.items()}
+        for tensor in self.owned.values():
+            self.set(tensor, [self.labels.new(n) if n > 1 else None for n in tensor.shape])
+        self.axes = {name: self.of(t) for name, t in self.owned.items()}
+
+    # -- what rules use ----------------------------------------------------------------------------------------
+
+    def of(self, tensor: Tensor) -> AxisLabels:
+        """The labels of every axis of a tensor; None for an axis without."""
+        found = self._known.get(id(tensor))
+        return found[1] if found else (None,) * tensor.dim()
+
+    def set(self, tensor: Tensor, axes: Sequence[Ids | None]) -> None:
+        """Give a tensor its labels."""
+        kept = tuple(a if n > 1 else None for a, n in zip(axes, tensor.shape, strict=True))
+        self._known[id(tensor)] = tensor, kept
+
+    def name_of(self, tensor: Tensor) -> str | None:
+        """The full name of a parameter or buffer."""
+        return self._names.get(id(tensor))
+
+    def same(self, a: Ids | None, b: Ids | None, why: str = "") -> Ids | None:
+        """The labels of an axis that two tensors share; they stay if only one of them has any."""
+        if a is None or b is None:
+            either = a if b is None else b
+            if either is not None:
+                self.labels.freeze(either, why or f"{self.here} joins it with a tensor of fixed size")
+            return either
+        self.labels.equal(a, b)
+        return a
+
+    def freeze(self, tensor: Tensor, axes: Sequence[int] | None, why: str) -> None:
+        """The channels of some axes (all if None) of a tensor stay."""
+        for i, ids in enumerate(self.of(tensor)):
+            if ids is not None and (axes is None or i in axes):
+                self.labels.freeze(ids, why)
+
+    @property
+    def here(self) -> str:
+        """The module that runs now, in words."""
+        name, module = self.stack[-1]
+        return f"{name} ({type(module).__name__})" if name else type(module).__name__
+
+    def counts(self, name: str, labels: Ids | None, index: int | None = None) -> None:
+        """An attribute of the module that runs now counts these channels."""
+        where, module = self.stack[-1]
+        if labels is not None and hasattr(module, name):
+            self.attributes.append(Attribute(where, name, index, labels))
+
+    def heads(self, labels: Ids) -> bool:
+        """Whether a module that runs now has an attribute that counts so many attention heads; it is noted."""
+        for where, module in reversed(self.stack):
+            for name, value in vars(module).items():
+                if type(value) is int and value == len(labels) and _HEADS.match(name):
+                    self.attributes.append(Attribute(where, name, None, labels))
+                    return True
+        return False
+
+    def sized(self, labels: Ids, hint: str = "") -> bool:
+        """Whether the module that runs now has an attribute of this value, which may be what its code uses; noted.
+
+        Of several that one which is not taken yet in this call, those with the hint in their name first.
+        """
+        where, module = self.stack[-1]
+        found = [name for name, value in vars(module).items() if type(value) is int and value == len(labels)]
+        left = [name for name in found if name not in self._taken[-1]] or found
+        if not left:
+            return False
+        name = min(left, key=lambda name: hint not in name)
+        self._taken[-1].add(name)
+        self.attributes.append(Attribute(where, name, None, labels, sure=False))
+        return True
+
+    def multiplies(self, constant: float, *axes: Ids | None) -> None:
+        """Note multiplications: the constant times the length of every axis with labels."""
+        kept = tuple(a for a in axes if a is not None)
+        self.work.append(Work(self.stack[-1][0], constant, kept))
+
+    # -- running -----------------------------------------------------------------------------------------------
+
+    def enter(self, name: str, module: nn.Module) -> Any:
+        """Forward pre-hook of a module."""
+
+        def hook(*_: Any) -> None:
+            self.stack.append((name, module))
+            self._taken.append(set())
+
+        return hook
+
+    def leave(self, *_: Any) -> None:
+        """Forward hook of every module."""
+        self.stack.pop()
+        self._taken.pop()
+
+    def result(self, given: Sequence[Tensor]) -> Trace:
+        """What was seen."""
+        classes = self.labels.solve()
+        frozen = self.labels.frozen(classes)
+        split = {int(c) for ids in self.splits for c in np.unique(classes[ids])}
+        shapes = tuple(tuple(t.shape) for t in given)
+        return Trace(
+            self.axes, self.attributes, self.work, self.grouped, classes, frozen, split, shapes
+        )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        rule = rule_of(func)
+        if rule is None:
+            with self:  # in inference mode, operations made of others arrive whole
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        given = {}
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            given[argument.name] = value
+        for argument in func._schema.arguments[len(args) :]:
+            given[argument.name] = kwargs.get(argument.name, argument.default_value)
+        if rule is None:
+            self._unknown(func, given, result)
+        else:
+            rule(self, given, result)
+        return result
+
+    def _unknown(self, func: Any, given: dict[str, Any], result: Any) -> None:
+        """An operation without a rule: what goes in stays."""
+        why = f"{self.here} uses {func._schema.name.removeprefix('aten::')}, whose channels are not followed"
+        for tensor in tree_leaves(given):
+            if isinstance(tensor, Tensor):
+                self.freeze(tensor, None, why)
