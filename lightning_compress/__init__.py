@@ -17,6 +17,7 @@ from lightning_compress.finalize import finalize
 from lightning_compress.fusion import FuseBatchNorm
 from lightning_compress.lowrank import Factorize, MergeFactors
 from lightning_compress.metrics import OutputErrorRate, RelativeH1Error, RelativeL2Error
+from lightning_compress.pruning.channels import RemoveChannels
 from lightning_compress.pruning.fourier import PartialFourier
 from lightning_compress.pruning.layers import DropLayers
 from lightning_compress.pruning.modes import TruncateModes
@@ -49,6 +50,7 @@ __all__ = [
     "ReestimateBatchNorm",
     "RelativeH1Error",
     "RelativeL2Error",
+    "RemoveChannels",
     "ScheduledPruning",
     "Transform",
     "TruncateModes",

@@ -56,7 +56,10 @@ class DecoupledAttention(nn.MultiheadAttention):
         q, k, v = (self._heads(x) for x in self._project(q, k, v))
         keys = k.shape[2]
         if self.bias_k is not None and self.bias_v is not None:
-            k, v = (torch.cat([x, self._heads(b.expand(len(x), 1, -1))], 2) for x, b in ((k, self.bias_k), (v, self.bias_v)))
+            k, v = (
+                torch.cat([x, self._heads(b.expand(len(x), 1, -1))], 2)
+                for x, b in ((k, self.bias_k), (v, self.bias_v))
+            )
         if self.add_zero_attn:
             k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
         mask = self._mask(q, k.shape[2] - keys, attn_mask, key_padding_mask)

@@ -65,11 +65,15 @@ def _gradient_fault(model: nn.Module, x: Any) -> str:
     """Twice the samples, forward and backward, in eval mode."""
     first = first_tensor(x)
     count = first.shape[0] if first is not None and first.dim() else 0
-    twice = tree_map(lambda t: torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() and len(t) == count else t, x)
+    twice = tree_map(
+        lambda t: torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() and len(t) == count else t, x
+    )
     reached = [p for p in model.parameters() if p.requires_grad]
     try:
         with evaluating(model), torch.enable_grad():
-            outputs = [t for t in tree_leaves(call(model, twice)) if isinstance(t, Tensor) and t.requires_grad]
+            outputs = [
+                t for t in tree_leaves(call(model, twice)) if isinstance(t, Tensor) and t.requires_grad
+            ]
             if not outputs or not reached:
                 return ""
             total = sum((t.abs() if t.is_complex() else t).float().mean() for t in outputs)

@@ -16,7 +16,7 @@ from lightning_compress.targets import Target
 Keep = dict[str, dict[int, Ids]]  # full tensor name -> axis -> indices that stay
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """Channels that live in the same places, such as the outputs of one layer.
 
@@ -84,7 +84,9 @@ class Channels:
                 goes = int(lost[self.trace.classes[a.labels]].sum())
                 if a.sure == sure and goes:
                     entry = [-1 if a.index is None else a.index, len(a.labels), len(a.labels) - goes]
-                    found.setdefault(a.module, {})[f"{a.name}[{a.index}]" if a.index is not None else a.name] = entry
+                    found.setdefault(a.module, {})[
+                        f"{a.name}[{a.index}]" if a.index is not None else a.name
+                    ] = entry
         return found  # type: ignore[return-value]
 
     def macs(self, gone: Sequence[int]) -> float:
@@ -119,7 +121,9 @@ class Channels:
         total = 0
         for key, shape in sizes.items():
             axes = kept.get(key, {})
-            total += int(np.prod([len(axes[i]) if i in axes else n for i, n in enumerate(shape)], dtype=np.int64))
+            total += int(
+                np.prod([len(axes[i]) if i in axes else n for i, n in enumerate(shape)], dtype=np.int64)
+            )
         return total
 
     def _lost(self, gone: Sequence[int]) -> NDArray[np.bool_]:

@@ -159,7 +159,7 @@ def _place(watcher: Watcher, spread: Ids, outside: list[int], axes: list[Ids | N
     if len(varying) > 1:
         counts = {k: len(np.unique(along[k])) for k in varying}
         heads = [k for k in varying if watcher.heads(np.unique(along[k]))]
-        moving = heads[0] if heads else max(varying, key=lambda k: counts[k])
+        moving = heads[-1] if heads else max(varying, key=lambda k: counts[k])
         form = [-1 if j == moving else 1 for j in range(spread.ndim)]
         watcher.labels.equal(spread, along[moving].reshape(form))
         watcher.splits.append(np.unique(spread))
@@ -205,6 +205,15 @@ def _itself(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     watcher.set(result, watcher.of(a["self"]))
 
 
+@_for("as_strided")
+def _strided(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
+    x = a["self"]
+    if result.shape != x.shape:
+        watcher.freeze(x, None, f"{watcher.here} reads its memory in another order")
+    else:
+        watcher.set(result, watcher.of(x))
+
+
 @_for("expand", "expand_as", "_expand_copy")
 def _expanded(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     x = a["self"]
@@ -217,7 +226,9 @@ def _expanded(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
 def _repeated(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     x, repeats = a["self"], a["repeats"]
     own = [None] * (result.dim() - x.dim()) + list(watcher.of(x))
-    watcher.set(result, [None if ids is None else np.tile(ids, r) for ids, r in zip(own, repeats, strict=True)])
+    watcher.set(
+        result, [None if ids is None else np.tile(ids, r) for ids, r in zip(own, repeats, strict=True)]
+    )
 
 
 @_for("view_as_real")
@@ -252,7 +263,15 @@ def _sliced(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     watcher.set(result, axes)
 
 
-@_for("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes", "tensor_split")
+@_for(
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "unsafe_split",
+    "unsafe_chunk",
+    "unsafe_split_with_sizes",
+    "tensor_split",
+)
 def _split(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     x = a["self"]
     axis = a["dim"] % x.dim()
@@ -382,7 +401,9 @@ def _looked_up(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
 def _ordered(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     """The order of entries along some axes matters: those stay."""
     x = a["self"]
-    axes = a.get("dims", a.get("dim")) if a.get("dims", a.get("dim")) is not None else [x.dim() - 2, x.dim() - 1]
+    axes = (
+        a.get("dims", a.get("dim")) if a.get("dims", a.get("dim")) is not None else [x.dim() - 2, x.dim() - 1]
+    )
     watcher.freeze(x, _positive(axes, x.dim()), f"{watcher.here} uses the order of its entries")
     for out in [result] if isinstance(result, Tensor) else result:
         watcher.set(out, watcher.of(x))
@@ -436,13 +457,18 @@ def _product(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
         x, y = a["input"], a["weight"]
     else:
         x = next(a[k] for k in ("mat1", "batch1", "mat", "self") if isinstance(a.get(k), Tensor))
-        y = next(a[k] for k in ("mat2", "batch2", "vec2", "vec", "tensor", "other") if isinstance(a.get(k), Tensor))
+        y = next(
+            a[k] for k in ("mat2", "batch2", "vec2", "vec", "tensor", "other") if isinstance(a.get(k), Tensor)
+        )
     one, two = list(watcher.of(x)), list(watcher.of(y))
     if linear and y.dim() == 2:
         two = two[::-1]
     if x.dim() > 2 or y.dim() > 2:
         lead = max(x.dim(), y.dim()) - 2
-        batch = [_joined(watcher, [t for t in (x, y) if t.dim() > 2], i - lead - 2, result.shape[i]) for i in range(lead)]
+        batch = [
+            _joined(watcher, [t for t in (x, y) if t.dim() > 2], i - lead - 2, result.shape[i])
+            for i in range(lead)
+        ]
     else:
         batch = []
     rows = one[-2] if x.dim() > 1 else None
@@ -450,7 +476,13 @@ def _product(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     inner = _agree(watcher, one[-1], two[-2] if y.dim() > 1 else two[0], x.shape[-1])
     axes = [*batch, *([rows] if x.dim() > 1 else []), *([columns] if y.dim() > 1 else [])]
     watcher.set(result, axes)
-    bias = a.get("bias") if linear else a.get("self") if ("mat1" in a or "batch1" in a or "vec" in a and "mat" in a) else None
+    bias = (
+        a.get("bias")
+        if linear
+        else a.get("self")
+        if ("mat1" in a or "batch1" in a or ("vec" in a and "mat" in a))
+        else None
+    )
     if isinstance(bias, Tensor) and bias is not x:
         for back in range(1, min(bias.dim(), result.dim()) + 1):
             if bias.shape[-back] > 1 and (watcher.of(bias)[-back] is not None or axes[-back] is not None):
@@ -602,7 +634,7 @@ def _group_normed(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     for name in ("weight", "bias"):
         if isinstance(a.get(name), Tensor):
             axes[1] = _agree(watcher, axes[1], watcher.of(a[name])[0], x.shape[1])
-    if axes[1] is not None and 1 < groups:
+    if axes[1] is not None and groups > 1:
         rows = axes[1].reshape(groups, -1)
         if groups >= rows.shape[1]:
             watcher.labels.equal(rows[:, :1], rows)

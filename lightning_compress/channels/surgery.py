@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_compress import codes
@@ -86,7 +85,9 @@ def _checked(key: str, tensor: Tensor | None, entry: Mapping[str, Any]) -> dict[
     for axis, indices in entry["keep"].items():
         axis, n = int(axis), len(indices)
         if not 0 <= axis < tensor.dim() or not n or indices.dtype.is_floating_point or indices.dim() != 1:
-            raise ValueError(f"the plan keeps {indices} of axis {axis} of {key}: at least one index is needed.")
+            raise ValueError(
+                f"the plan keeps {indices} of axis {axis} of {key}: at least one index is needed."
+            )
         rising = bool((indices[1:] > indices[:-1]).all())
         if not rising or int(indices[0]) < 0 or int(indices[-1]) >= tensor.shape[axis]:
             raise ValueError(

@@ -15,7 +15,6 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -245,9 +244,7 @@ class Watcher(TorchDispatchMode):
         frozen = self.labels.frozen(classes)
         split = {int(c) for ids in self.splits for c in np.unique(classes[ids])}
         shapes = tuple(tuple(t.shape) for t in given)
-        return Trace(
-            self.axes, self.attributes, self.work, self.grouped, classes, frozen, split, shapes
-        )
+        return Trace(self.axes, self.attributes, self.work, self.grouped, classes, frozen, split, shapes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
