@@ -337,8 +337,21 @@ def _bilinear(args: Any, result: Tensor) -> int:
     return math.prod(max(sizes) for sizes in zip(*shapes, strict=True))
 
 
-def _fft(flops_per_point: float, signal: Tensor, dims: Iterable[int]) -> int:
-    """Half of the flops; ``signal`` is the real side of a real transform."""
+def fft_macs(flops_per_point: float, signal: Tensor, dims: Iterable[int]) -> int:
+    """Multiply-adds of a Fourier transform, half of its flops: ``flops_per_point / 2 N log2(points)``.
+
+    Args:
+        flops_per_point: 5 for a complex transform, 2.5 for a real one.
+        signal: what is transformed; the real side of a real transform, N entries.
+        dims: transformed axes, with so many points together.
+
+    Returns:
+        Their number.
+
+    Examples:
+        >>> fft_macs(2.5, torch.zeros(3, 8), [1])
+        90
+    """
     points = math.prod(signal.shape[d] for d in dims)
     return round(flops_per_point / 2 * signal.numel() * math.log2(points)) if points else 0
 
@@ -354,8 +367,8 @@ _FORMULAS: dict[str, Callable[[Any, Any], int]] = {
     **dict.fromkeys(("convolution", "_convolution"), _convolution),
     "attention": _attention,
     "_trilinear": _bilinear,
-    "_fft_r2c": lambda args, _: _fft(2.5, args[0], args[1]),
-    "_fft_c2r": lambda args, result: _fft(2.5, result, args[1]),
-    "_fft_c2c": lambda args, _: _fft(5.0, args[0], args[1]),
+    "_fft_r2c": lambda args, _: fft_macs(2.5, args[0], args[1]),
+    "_fft_c2r": lambda args, result: fft_macs(2.5, result, args[1]),
+    "_fft_c2c": lambda args, _: fft_macs(5.0, args[0], args[1]),
     "mul": _entrywise,
 }

@@ -18,9 +18,8 @@ from lightning_compress.stats.running import call, evaluating, first_tensor
 def fault(model: nn.Module, x: Any, before: Trace, kept: Keep) -> str:
     """What is wrong with a model whose channels were removed.
 
-    It must run and give out the shapes it gave before, for the input and for twice as many samples (where it took as many
-    before), gradients must reach its parameters, and channels that its operations bring together now must be ones that
-    they brought together before.
+    It must run and give out the shapes it gave before, also run for twice as many samples, forward and backward, and
+    channels that its operations bring together now must be ones that they brought together before.
 
     Args:
         model: the smaller model; left as it is.
@@ -76,7 +75,7 @@ def _gradient_fault(model: nn.Module, x: Any) -> str:
             ]
             if not outputs or not reached:
                 return ""
-            total = sum((t.abs() if t.is_complex() else t).float().mean() for t in outputs)
+            total = torch.stack([(t.abs() if t.is_complex() else t).float().mean() for t in outputs]).sum()
             gradients = torch.autograd.grad(total, reached, allow_unused=True)
     except Exception as error:  # whatever the user's code raises
         return f"its forward or backward pass fails for {2 * count} samples: {_first_line(error)}"

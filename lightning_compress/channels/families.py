@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from lightning_compress.channels.labels import Ids
-from lightning_compress.channels.trace import Trace, tensors_of
+from lightning_compress.channels.trace import Trace
 from lightning_compress.targets import Target
 
 Keep = dict[str, dict[int, Ids]]  # full tensor name -> axis -> indices that stay
@@ -132,11 +131,10 @@ class Channels:
         return lost
 
 
-def find_channels(model: nn.Module, seen: Trace, targets: Sequence[Target]) -> Channels:
+def find_channels(seen: Trace, targets: Sequence[Target]) -> Channels:
     """Gather what a trace has shown into families.
 
     Args:
-        model: the model that was traced.
         seen: the trace.
         targets: weights whose output channels name the families.
 
@@ -149,28 +147,26 @@ def find_channels(model: nn.Module, seen: Trace, targets: Sequence[Target]) -> C
             if ids is None:
                 continue
             classes = seen.classes[ids]
-            order = np.argsort(classes, kind="stable")
-            values, starts = np.unique(classes[order], return_index=True)
-            for value, indices in zip(values.tolist(), np.split(order, starts[1:]), strict=True):
+            by_class = np.argsort(classes, kind="stable")
+            distinct, starts = np.unique(classes[by_class], return_index=True)
+            for value, indices in zip(distinct.tolist(), np.split(by_class, starts[1:]), strict=True):
                 places.setdefault(value, {})[key, axis] = indices
     made = {(t.key, t.axes.out): t.name or t.key for t in targets}
-    known = tensors_of(model)
     alike: dict[tuple[tuple[str, int], ...], list[int]] = {}
     for value, where in places.items():
         if value not in seen.frozen and any(place in made for place in where):
             alike.setdefault(tuple(where), []).append(value)
-    families, fixed = [], {}
-    for where, values in alike.items():
-        makers = tuple(dict.fromkeys(made[place] for place in where if place in made))
-        if any(len(known[key].shape) and known[key].shape[axis] == len(values) == 1 for key, axis in where):
-            continue
-        members = {place: tuple(places[v][place] for v in values) for place in where}
+    families = []
+    for spots, values in alike.items():
+        makers = tuple(dict.fromkeys(made[spot] for spot in spots if spot in made))
+        members = {spot: tuple(places[v][spot] for v in values) for spot in spots}
         families.append(Family(makers[0], makers, tuple(values), members))
+    fixed = {}
     for target in targets:
-        ids = seen.axes.get(target.key, ())
-        out = ids[target.axes.out] if len(ids) > target.axes.out else None
-        stays = [] if out is None else [c for c in seen.classes[out].tolist() if c in seen.frozen]
-        if out is None or len(stays) == len(out):
+        labels = seen.axes.get(target.key, ())
+        out = labels[target.axes.out] if len(labels) > target.axes.out else None
+        stays = [] if out is None else seen.classes[out].tolist()
+        if all(c in seen.frozen for c in stays):
             fixed[target.key] = seen.frozen[stays[0]] if stays else "it has one output"
     order = {t.name or t.key: i for i, t in enumerate(targets)}
     families.sort(key=lambda f: order[f.name])

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_compress.channels.labels import Ids
+from lightning_compress.cost import fft_macs
 
 if TYPE_CHECKING:
     from lightning_compress.channels.trace import Watcher
@@ -70,6 +71,15 @@ def _entrywise(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     axes = [_joined(watcher, parts, axis - out.dim(), n) for axis, n in enumerate(out.shape)]
     for tensor in [out] if isinstance(result, Tensor) else [t for t in result if t.shape == out.shape]:
         watcher.set(tensor, axes)
+
+
+@_for("mul")
+def _multiplied(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
+    _entrywise(watcher, a, result)
+    pair = [a["self"], a["other"]]
+    if all(isinstance(t, Tensor) and t.is_complex() for t in pair) and any(map(watcher.holds, pair)):
+        axes = watcher.of(result)  # a spectral layer without sums over channels
+        watcher.multiplies(4 * math.prod(n for n, ids in zip(result.shape, axes, strict=True) if ids is None), *axes)
 
 
 def _joined(watcher: Watcher, parts: Sequence[Tensor], axis: int, size: int) -> Ids | None:
@@ -334,7 +344,7 @@ def _stacked(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
 @_for("constant_pad_nd", "pad", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
       "replication_pad2d", "replication_pad3d")  # fmt: skip
 def _padded(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
-    x, pad = a["self"], a.get("pad", a.get("padding"))
+    x, pad = a["self"], list(a["pad"] if "pad" in a else a["padding"])
     axes = list(watcher.of(x))
     for k in range(len(pad) // 2):
         axis, (before, after) = x.dim() - 1 - k, pad[2 * k : 2 * k + 2]
@@ -414,7 +424,11 @@ def _transformed(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     x = a["self"]
     axes = _positive(a["dim"], x.dim())
     watcher.freeze(x, axes, f"{watcher.here} takes the Fourier transform along it")
-    watcher.set(result, [None if i in axes else ids for i, ids in enumerate(watcher.of(x))])
+    left = [None if i in axes else ids for i, ids in enumerate(watcher.of(x))]
+    watcher.set(result, left)
+    signal = result if x.is_complex() and not result.is_complex() else x
+    macs = fft_macs(5.0 if x.is_complex() and result.is_complex() else 2.5, signal, axes)
+    watcher.multiplies(macs / math.prod(len(ids) for ids in left if ids is not None), *left)
 
 
 # -- reductions ------------------------------------------------------------------------------------------------
@@ -629,7 +643,7 @@ def _layer_normed(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
 
 @_for("native_group_norm", "group_norm")
 def _group_normed(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
-    x, groups = a["input"], a.get("group", a.get("num_groups"))
+    x, groups = a["input"], int(a["group"] if "group" in a else a["num_groups"])
     axes = list(watcher.of(x))
     for name in ("weight", "bias"):
         if isinstance(a.get(name), Tensor):

@@ -123,6 +123,6 @@ def _set_numbers(module: nn.Module, numbers: Mapping[str, Any]) -> None:
         if not found:
             setattr(module, name, int(new))
             continue
-        held = list(getattr(module, found[1]))
+        kind, held = type(getattr(module, found[1])), list(getattr(module, found[1]))
         held[int(found[2])] = int(new)
-        setattr(module, found[1], tuple(held))
+        setattr(module, found[1], kind(held))

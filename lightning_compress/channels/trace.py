@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_compress.channels.labels import Ids, Labels
 from lightning_compress.channels.rules import rule_of
 from lightning_compress.names import clean
-from lightning_compress.stats.running import call, observing
+from lightning_compress.stats.running import call, first_tensor, observing
 
 AxisLabels = tuple[Ids | None, ...]
 _HEADS = re.compile(r"(num|n)?_?(attention|attn)?_?heads?$|nhead$", re.IGNORECASE)
@@ -145,6 +145,7 @@ class Watcher(TorchDispatchMode):
         self.owned = tensors_of(model)
         self._known: dict[int, tuple[Tensor, AxisLabels]] = {}  # holding on to a tensor keeps its id its own
         self._names = {id(t): name for name, t in self.owned.items()}
+        self._storages = {t.untyped_storage().data_ptr() for t in self.owned.values()}
         for tensor in self.owned.values():
             self.set(tensor, [self.labels.new(n) if n > 1 else None for n in tensor.shape])
         self.axes = {name: self.of(t) for name, t in self.owned.items()}
@@ -164,6 +165,10 @@ class Watcher(TorchDispatchMode):
     def name_of(self, tensor: Tensor) -> str | None:
         """The full name of a parameter or buffer."""
         return self._names.get(id(tensor))
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether it is a parameter or buffer, or a view of one."""
+        return tensor.untyped_storage().data_ptr() in self._storages
 
     def same(self, a: Ids | None, b: Ids | None, why: str = "") -> Ids | None:
         """The labels of an axis that two tensors share; they stay if only one of them has any."""
@@ -233,10 +238,19 @@ class Watcher(TorchDispatchMode):
 
         return hook
 
-    def leave(self, *_: Any) -> None:
-        """Forward hook of every module."""
-        self.stack.pop()
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of every module: layers of other libraries say their sizes as PyTorch's do."""
+        where, _ = self.stack.pop()
         self._taken.pop()
+        shape = vars(module._modules.get("weight") or module).get("shape", ())
+        for index, name, tensor in ((0, "in_channels", first_tensor(args)), (1, "out_channels", first_tensor(output))):
+            if not isinstance(tensor, Tensor) or tensor.dim() < 2 or vars(module).get(name) != tensor.shape[1]:
+                continue
+            labels = self.of(tensor)[1]
+            if labels is not None:
+                self.attributes.append(Attribute(where, name, None, labels))
+                if len(shape) > 2 and shape[index] == len(labels):  # a factorized tensor knows the shape it stands for
+                    self.attributes.append(Attribute(f"{where}.weight", "shape", index, labels))
 
     def result(self, given: Sequence[Tensor]) -> Trace:
         """What was seen."""

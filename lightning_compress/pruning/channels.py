@@ -17,7 +17,7 @@ from lightning_compress.channels.trace import tensors_of, trace
 from lightning_compress.names import lookup, matches
 from lightning_compress.plans import Plan
 from lightning_compress.pruning.criteria import Criterion, channel_scores, criterion, measure
-from lightning_compress.pruning.ranking import Ranking
+from lightning_compress.pruning.order import RemovalOrder
 from lightning_compress.pruning.trials import Trials
 from lightning_compress.stats import Calibration, Stats
 from lightning_compress.stats.calibration import sample_count, take_samples
@@ -35,10 +35,10 @@ class RemoveChannels(Transform):
     r"""Remove whole channels, neurons and attention heads from a model, everywhere they occur.
 
     One forward pass shows which entries of which parameters must go together: the outputs of a layer, the statistics
-    of its BatchNorm, the inputs of the next layer, all layers that meet in a residual connection. What shares its places
-    is a family; ``k = floor(ratio C + 0.5)`` of its C channels go, those with the lowest scores, at least one
-    stays. A channel's score is the mean over the layers that make it of the layer's channel score, divided
-    by the layer's mean. The inputs and outputs of the model stay.
+    of its BatchNorm, the inputs of the next layer, all layers that meet in a residual connection. What shares its
+    places is a family; ``k = floor(ratio C + 0.5)`` of its C channels go, those with the lowest scores, at least one
+    stays. A channel's score is the mean over the layers that make it of the layer's channel score, divided by the
+    layer's mean. The inputs and outputs of the model stay.
 
     Every choice is tried out on a copy: the small model must run, forward and backward and for twice as many samples,
     give the shapes it gave before, and bring the same channels together. What does not pass is left alone and listed,
@@ -200,7 +200,7 @@ class RemoveChannels(Transform):
         survey(model, self.include, self.exclude)  # raises for a pattern that fits nothing
         x = _one_sample(inputs.example(model))
         seen = trace(model, x)
-        found = find_channels(model, seen, survey(model).targets)
+        found = find_channels(seen, survey(model).targets)
         skipped = dict(found.fixed)
         families = []
         for family in found.families:
@@ -296,10 +296,8 @@ class RemoveChannels(Transform):
         """
         if self.ratio == _SILENT and self.budget is None:
             return silent(model, found)
-        ranking = Ranking(found, scores, self)
-        if self.budget is None:
-            return ranking.by_ratio()
-        return ranking.by_budget(model, *self.budget, trials)
+        order = RemovalOrder(found, scores, self)
+        return order.by_ratio() if self.budget is None else order.by_budget(*self.budget, trials)
 
     def share(self, family: Family) -> float:
         """The share of a family's channels that is to go.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -27,8 +27,8 @@ class Trials:
     def __init__(self, model: nn.Module, x: Any, found: Channels) -> None:
         self.model, self.x, self.found = model, x, found
         self.shapes = {key: tuple(t.shape) for key, t in tensors_of(model).items()}
-        self.parameters: Mapping[str, nn.Parameter] = {
-            key: t for key, t in tensors_of(model).items() if isinstance(t, nn.Parameter)
+        self.parameter_shapes = {
+            key: tuple(t.shape) for key, t in tensors_of(model).items() if isinstance(t, nn.Parameter)
         }
 
     def small(self, gone: Sequence[int]) -> nn.Module:
