@@ -36,6 +36,8 @@ def fault(model: nn.Module, x: Any, before: Trace, kept: Keep) -> str:
         return f"its forward pass fails: {_first_line(error)}"
     if now.shapes != before.shapes:
         return f"its output has shapes {now.shapes} instead of {before.shapes}"
+    if before.trains and not now.trains:
+        return "it does not run in training mode"
     crossed = _crossed(before, now, kept)
     if crossed:
         return f"channels of {crossed} would meet others than before"

@@ -169,7 +169,9 @@ def _place(watcher: Watcher, spread: Ids, outside: list[int], axes: list[Ids | N
     if len(varying) > 1:
         counts = {k: len(np.unique(along[k])) for k in varying}
         heads = [k for k in varying if watcher.heads(np.unique(along[k]))]
-        moving = heads[-1] if heads else max(varying, key=lambda k: counts[k])
+        # code that splits writes the number of parts more often than their size, and heads into an attribute
+        best = heads[-1] if heads else max(varying, key=lambda k: (len(along[k]), counts[k]))
+        moving = int(watcher.decide(str(best)))
         form = [-1 if j == moving else 1 for j in range(spread.ndim)]
         watcher.labels.equal(spread, along[moving].reshape(form))
         watcher.splits.append(np.unique(spread))
@@ -555,9 +557,7 @@ def _grouped(
     key = watcher.name_of(weight)
     width = channels // groups
     made = weight.shape[1] if transposed else weight.shape[0] // groups
-    mode = watcher.grouped.get(key or "") or ("groups" if groups >= max(width, made) else "positions")
-    if key is not None:
-        watcher.grouped[key] = mode
+    mode = watcher.decide("groups" if groups >= max(width, made) else "positions", key)
     entries = into if into is not None else watcher.labels.new(channels)
     if into is None:
         watcher.labels.freeze(entries, f"{watcher.here} joins it with a tensor of fixed size")
@@ -648,9 +648,9 @@ def _group_normed(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     for name in ("weight", "bias"):
         if isinstance(a.get(name), Tensor):
             axes[1] = _agree(watcher, axes[1], watcher.of(a[name])[0], x.shape[1])
-    if axes[1] is not None and groups > 1:
+    if axes[1] is not None and groups > 1:  # statistics of a group are about its own channels only
         rows = axes[1].reshape(groups, -1)
-        if groups >= rows.shape[1]:
+        if watcher.decide("groups" if groups >= rows.shape[1] else "positions") == "groups":
             watcher.labels.equal(rows[:, :1], rows)
             watcher.counts("num_groups", rows[:, 0])
         else:

@@ -21,8 +21,8 @@ def cut(model: nn.Module, decided: Mapping[str, Mapping[str, Any]]) -> None:
 
     Args:
         model: the model of the plan, or a fresh one.
-        decided: full tensor name -> {"shape", "keep": {axis: indices}}; module name -> {"set": {attribute: [index or
-            -1, old, new]}}.
+        decided: full tensor name -> {"shape", "keep": {axis: indices}, "value": new entries}, the last if they change;
+            module name and "()" -> {"set": {attribute: [index or -1, old, new]}}.
 
     Raises:
         ValueError: the model has no such tensor, module or number, or an index is out of range; nothing is changed
@@ -33,10 +33,10 @@ def cut(model: nn.Module, decided: Mapping[str, Mapping[str, Any]]) -> None:
     for key, entry in decided.items():
         if "keep" in entry:
             new[key] = _checked(key, tensors.get(key), entry)
-        elif "set" in entry:
+        if "set" in entry:
             _check_numbers(key, modules.get(key.removesuffix("()")), entry["set"])
-        else:
-            raise ValueError(f"the plan says neither what to keep nor what to set of {key}.")
+        if "value" in entry:
+            _check_value(key, tensors.get(key), new.get(key, {}), entry["value"])
     held = {key: (module, param, code) for key, module, param, code in codes.of(model)}
     for key, axes in new.items():
         tensor = tensors[key]
@@ -49,6 +49,8 @@ def cut(model: nn.Module, decided: Mapping[str, Mapping[str, Any]]) -> None:
         elif code is not None:
             codes.remove(module, param)
     for key, entry in decided.items():
+        if "value" in entry:
+            tensors[key].data.copy_(entry["value"])
         if "set" in entry:
             _set_numbers(modules[key.removesuffix("()")], entry["set"])
     decouple(model)
@@ -96,6 +98,15 @@ def _checked(key: str, tensor: Tensor | None, entry: Mapping[str, Any]) -> dict[
             )
         axes[axis] = indices.long()
     return axes
+
+
+def _check_value(key: str, tensor: Tensor | None, axes: Mapping[int, Tensor], value: Tensor) -> None:
+    shape = [] if tensor is None else [len(axes[i]) if i in axes else n for i, n in enumerate(tensor.shape)]
+    if tensor is None or list(value.shape) != shape:
+        raise ValueError(
+            f"the plan gives {key} values of shape {tuple(value.shape)}, and here it has shape {tuple(shape)}: apply "
+            "it to the architecture it was made for."
+        )
 
 
 def _check_numbers(key: str, module: nn.Module | None, numbers: Mapping[str, Any]) -> None:

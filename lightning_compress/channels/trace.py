@@ -8,9 +8,10 @@ fix them (a size that is written in the user's code, an operation that is not kn
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -70,12 +71,13 @@ class Trace:
         axes: full name of a parameter or buffer -> labels of each of its axes.
         attributes: numbers of modules that count channels.
         work: multiplications.
-        grouped: full name of the weight of a grouped convolution -> "groups" (whole groups go) or "positions"
-            (the same channel of every group goes).
+        grouped: what was decided where channels can be taken apart in more than one way, such as full name of the weight
+            of a grouped convolution -> "groups" (whole groups go) or "positions" (the same channel of every group).
         classes: label -> class; what is in one class goes together.
         frozen: class -> why it stays.
         split: classes that code splits into a fixed number of parts.
         shapes: shapes of the tensors that the model gave out.
+        trains: whether it also ran in training mode, which is tried if some of its parameters have no use otherwise.
     """
 
     axes: dict[str, AxisLabels]
@@ -86,6 +88,7 @@ class Trace:
     frozen: dict[int, str] = field(default_factory=dict)
     split: set[int] = field(default_factory=set)
     shapes: tuple[tuple[int, ...], ...] = ()
+    trains: bool = False
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -106,7 +109,7 @@ def trace(model: nn.Module, x: Any, grouped: dict[str, str] | None = None) -> Tr
     Args:
         model: any module.
         x: one input: a tensor, a tuple of arguments or a dict of keywords.
-        grouped: for grouped convolutions, how they are taken apart (see ``Trace``); decided here if None.
+        grouped: decisions of an earlier trace (see ``Trace``), which are followed.
 
     Returns:
         The trace.
@@ -126,10 +129,16 @@ def trace(model: nn.Module, x: Any, grouped: dict[str, str] | None = None) -> Tr
             stack.callback(module.register_forward_hook(watcher.leave, always_call=True).remove)
         with watcher:
             output = call(model, x)
-    given = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-    for tensor in given:
-        watcher.freeze(tensor, None, "the model gives it out")
-    return watcher.result(given)
+        given = watcher.gives(output)
+        work, trains = list(watcher.work), False
+        if watcher.asleep():
+            for module in model.modules():  # layers stay in evaluation mode: no dropout, no statistics of one sample
+                module.training = any(True for _ in module.children())
+            watcher.calls.clear()
+            with suppress(Exception), watcher:  # training may need other inputs
+                watcher.gives(call(model, x))
+                trains = True
+    return replace(watcher.result(given), work=work, trains=trains)
 
 
 class Watcher(TorchDispatchMode):
@@ -142,18 +151,22 @@ class Watcher(TorchDispatchMode):
         self.splits: list[Ids] = []
         self.stack: list[tuple[str, nn.Module]] = [("", model)]
         self._taken: list[set[str]] = [set()]
+        self.calls: Counter[str] = Counter()
         self.owned = tensors_of(model)
+        self._read: set[int] = set()
         self._known: dict[int, tuple[Tensor, AxisLabels]] = {}  # holding on to a tensor keeps its id its own
         self._names = {id(t): name for name, t in self.owned.items()}
         self._storages = {t.untyped_storage().data_ptr() for t in self.owned.values()}
         for tensor in self.owned.values():
             self.set(tensor, [self.labels.new(n) if n > 1 else None for n in tensor.shape])
         self.axes = {name: self.of(t) for name, t in self.owned.items()}
+        self._read.clear()
 
     # -- what rules use ----------------------------------------------------------------------------------------
 
     def of(self, tensor: Tensor) -> AxisLabels:
         """The labels of every axis of a tensor; None for an axis without."""
+        self._read.add(id(tensor))
         found = self._known.get(id(tensor))
         return found[1] if found else (None,) * tensor.dim()
 
@@ -191,6 +204,19 @@ class Watcher(TorchDispatchMode):
         """The module that runs now, in words."""
         name, module = self.stack[-1]
         return f"{name} ({type(module).__name__})" if name else type(module).__name__
+
+    def decide(self, default: str, key: str | None = None) -> str:
+        """One of several ways to take channels apart: that of the earlier trace, if there was one.
+
+        Args:
+            default: what is chosen otherwise.
+            key: what it is about; otherwise it is known by the number of times that the module that runs now asked.
+        """
+        if key is None:
+            where = self.stack[-1][0]
+            self.calls[where] += 1
+            key = f"{where}()#{self.calls[where]}"
+        return self.grouped.setdefault(key, default)
 
     def counts(self, name: str, labels: Ids | None, index: int | None = None) -> None:
         """An attribute of the module that runs now counts these channels."""
@@ -251,6 +277,17 @@ class Watcher(TorchDispatchMode):
                 self.attributes.append(Attribute(where, name, None, labels))
                 if len(shape) > 2 and shape[index] == len(labels):  # a factorized tensor knows the shape it stands for
                     self.attributes.append(Attribute(f"{where}.weight", "shape", index, labels))
+
+    def asleep(self) -> bool:
+        """Whether there are parameters that no operation has used."""
+        return any(id(t) not in self._read for t in self.owned.values() if isinstance(t, nn.Parameter))
+
+    def gives(self, output: Any) -> list[Tensor]:
+        """The tensors that the model gives out: they stay as they are."""
+        given = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        for tensor in given:
+            self.freeze(tensor, None, "the model gives it out")
+        return given
 
     def result(self, given: Sequence[Tensor]) -> Trace:
         """What was seen."""

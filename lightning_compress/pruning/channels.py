@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from lightning_compress.names import lookup, matches
 from lightning_compress.plans import Plan
 from lightning_compress.pruning.criteria import Criterion, channel_scores, criterion, measure
 from lightning_compress.pruning.order import RemovalOrder
+from lightning_compress.pruning.reconstruct import can_reconstruct, reconstruct
 from lightning_compress.pruning.trials import Trials
 from lightning_compress.stats import Calibration, Stats
 from lightning_compress.stats.calibration import sample_count, take_samples
@@ -60,6 +62,9 @@ class RemoveChannels(Transform):
         per: "channel", or "mac": under scope="global", scores are divided by the MACs that a channel costs.
         round_to: families keep a multiple of so many channels, where they have that many.
         max_layer_ratio: cap per family, in (0, 1].
+        reconstruct: fit the weights of the layers that lose inputs so that they give what they gave before, by least
+            squares over calibration inputs (give real ones if there are any).
+        damping: > 0, how strongly the weights hold against that fit, relative to the mean square of the inputs.
         on_conflict: what to do with channels whose removal does not pass: "skip" leaves them, "error" raises.
         samples: calibration inputs, for criteria that need them.
         seed: for criterion="random".
@@ -92,6 +97,8 @@ class RemoveChannels(Transform):
     per: str = "channel"
     round_to: int = 1
     max_layer_ratio: float = 0.9
+    reconstruct: bool = False
+    damping: float = 1e-3
     on_conflict: str = "skip"
     samples: int = 256
     seed: int = 0
@@ -126,6 +133,8 @@ class RemoveChannels(Transform):
                 )
         if self.round_to < 1 or self.samples < 1:
             raise ValueError(f"round_to={self.round_to}, samples={self.samples}: allowed is >= 1.")
+        if not self.damping > 0:
+            raise ValueError(f"damping={self.damping}: allowed is > 0.")
         if not 0 < self.max_layer_ratio <= 1:
             raise ValueError(f"max_layer_ratio={self.max_layer_ratio}: allowed is 0 < max_layer_ratio <= 1.")
         if isinstance(self.ratio, Mapping) and self.scope == "global":
@@ -160,6 +169,10 @@ class RemoveChannels(Transform):
         keys = {t.name: t.key for t in survey(model).targets}
         shapes = {key: tuple(t.shape) for key, t in tensors_of(model).items()}
         layers = plan_entries(shapes, found.keep(gone), found.attributes(gone))
+        if self.reconstruct and gone:
+            fitted = self._fit(model, trials.small(gone), layers, data or Calibration())
+            for key, value in fitted.items():
+                layers.setdefault(key, {})["value"] = value
         identity = not gone and (self.ratio == 0 or self.ratio == _SILENT or self.budget == ("macs", 1.0))
         named = {
             keys.get(name, name): why for name, why in skipped.items() if keys.get(name, name) not in layers
@@ -177,6 +190,39 @@ class RemoveChannels(Transform):
             ValueError: the model does not have such a tensor or number; nothing is changed then.
         """
         cut(model, plan.layers)
+
+    @classmethod
+    def structure(cls, plan: Plan) -> Plan:
+        """The cuts and numbers, without fitted weights.
+
+        Args:
+            plan: what ``plan`` returned.
+
+        Returns:
+            What a fresh model needs.
+        """
+        layers = {k: {n: v for n, v in e.items() if n != "value"} for k, e in plan.layers.items()}
+        return dataclasses.replace(plan, layers={k: e for k, e in layers.items() if e})
+
+    def _fit(
+        self, model: nn.Module, small: nn.Module, layers: Mapping[str, Mapping[str, Any]], inputs: Calibration
+    ) -> dict[str, Tensor]:
+        """Fitted weights of the layers that lose inputs."""
+        cut_at = {
+            t.name: t
+            for t in survey(model).targets
+            if str(t.axes.in_) in layers.get(t.key, {}).get("keep", {})
+        }
+        names = [name for name, t in cut_at.items() if can_reconstruct(t.module) and t.param == "weight"]
+
+        def rows(name: str) -> Tensor:
+            target = cut_at[name]
+            everything = torch.arange(target.weight.shape[target.axes.out])
+            kept: Tensor = layers[target.key]["keep"].get(str(target.axes.out), everything)
+            return kept.long().to(target.weight.device)
+
+        limited = dataclasses.replace(inputs, samples=self.samples)
+        return reconstruct(model, small, names, rows, limited, self.damping)
 
     def find(self, model: nn.Module, data: Calibration | None) -> tuple[Channels, dict[str, str], Trials]:
         """The channels that may go.
