@@ -77,6 +77,8 @@ CASES = [
         _OPERATORS,
     ),
     Case(tuple(lc.Factorize(budget=("params", share)) for share in (0.95, 0.9)), None, {"budget": "params"}),
+    Case(tuple(lc.RemoveChannels(r) for r in (0.25, 0.5, 0.75)), lc.RemoveChannels(0.0), None, ("net",)),
+    Case((lc.RemoveChannels(0.5, reconstruct=True, samples=32),), None, {"reconstruct": True}, ("net",)),
     Case((ReestimateBatchNorm(samples=32),), ReestimateBatchNorm(momentum=0.0)),
 ]
 
@@ -242,7 +244,8 @@ def test_shape_dtype_and_complexness_are_kept(case, kind):
     for key, value in tensors(m).items():
         if key in after:
             assert (after[key].dtype, after[key].device) == (value.dtype, value.device)
-            assert after[key].shape == value.shape or isinstance(case.levels[-1], lc.TruncateModes)
+            cuts = isinstance(case.levels[-1], lc.TruncateModes | lc.RemoveChannels)
+            assert after[key].shape == value.shape or cuts
 
 
 def test_forward_runs_and_strength_counts(case, kind):
@@ -283,6 +286,9 @@ def test_excluded_layers_are_untouched(case, kind):
         after = run(t, m).model
     except lc.NothingChangedError as error:
         assert part in str(error)
+        return
+    if isinstance(t, lc.RemoveChannels):  # its outputs stay; the inputs are those of others
+        assert after.get_submodule(part).out_channels == m.get_submodule(part).out_channels
         return
     for key, value in tensors(m.get_submodule(part)).items():
         assert same_bits(tensors(after)[f"{part}.{key}"], value)

@@ -49,6 +49,8 @@ class DecoupledAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As ``nn.MultiheadAttention.forward``."""
+        if is_causal and attn_mask is None:
+            raise RuntimeError("is_causal=True says what attn_mask= is: give the mask too.")
         batched = query.dim() == 3
         q, k, v = (x if batched else x.unsqueeze(1 - self.batch_first) for x in (query, key, value))
         if not self.batch_first:
@@ -92,7 +94,7 @@ class DecoupledAttention(nn.MultiheadAttention):
 
     def _heads(self, x: Tensor) -> Tensor:
         """[batch, length, heads x features] -> [batch, heads, length, features]."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
     def _mask(self, q: Tensor, added: int, mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
         """Both masks as one that is added to the scores, [batch or 1, heads or 1, queries or 1, keys]."""
@@ -105,7 +107,7 @@ class DecoupledAttention(nn.MultiheadAttention):
         parts = []
         if mask is not None:
             wide = additive(mask)
-            parts.append(wide.unflatten(0, (len(q), -1)) if wide.dim() == 3 else wide[None, None])
+            parts.append(wide.reshape(len(q), -1, *wide.shape[1:]) if wide.dim() == 3 else wide[None, None])
         if padding is not None:
             wide = additive(padding)
             parts.append((wide[None] if wide.dim() == 1 else wide)[:, None, None])

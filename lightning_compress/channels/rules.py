@@ -64,6 +64,7 @@ def _positive(axes: int | Iterable[int] | None, dims: int) -> list[int]:
     "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu", "elu", "leaky_relu", "softplus", "_prelu_kernel",
     "relu6", "mish", "log_sigmoid_forward", "threshold", "complex", "polar", "fill", "lerp", "addcmul", "_conj",
     "real", "imag", "resolve_conj", "resolve_neg", "_conj_physical", "conj_physical", "bernoulli", "normal", "uniform",
+    "exponential", "cauchy", "geometric", "log_normal", "random", "zero", "rsub", "floor_divide", "rrelu_with_noise",
 )  # fmt: skip
 def _entrywise(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     out = result if isinstance(result, Tensor) else result[0]
@@ -79,7 +80,9 @@ def _multiplied(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     pair = [a["self"], a["other"]]
     if all(isinstance(t, Tensor) and t.is_complex() for t in pair) and any(map(watcher.holds, pair)):
         axes = watcher.of(result)  # a spectral layer without sums over channels
-        watcher.multiplies(4 * math.prod(n for n, ids in zip(result.shape, axes, strict=True) if ids is None), *axes)
+        watcher.multiplies(
+            4 * math.prod(n for n, ids in zip(result.shape, axes, strict=True) if ids is None), *axes
+        )
 
 
 def _joined(watcher: Watcher, parts: Sequence[Tensor], axis: int, size: int) -> Ids | None:
@@ -98,19 +101,32 @@ def _alike(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
 
 
 @_for(
-    "zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full", "arange",
-    "linspace", "eye", "scalar_tensor", "empty_strided", "new_empty_strided", "randperm", "randint", "fft_fftfreq",
-    "fft_rfftfreq", "tril_indices", "triu_indices", "lift",
+    "zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full", "scalar_tensor",
+    "empty_strided", "new_empty_strided", "randint", "lift",
 )  # fmt: skip
 def _made(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
-    """New tensors have the sizes that code gives them: they can follow if an attribute says the size."""
-    axes: list[Ids | None] = []
-    for n in result.shape:
-        ids = watcher.labels.new(n) if n > 1 else None
-        if ids is not None and not watcher.sized(ids, hint="out"):
-            ids = None
-        axes.append(ids)
+    """New tensors whose entries are alike have the sizes that code gives them, which may follow; a trial tells."""
+    axes = [watcher.labels.new(n) if n > 1 else None for n in result.shape]
+    for ids in axes:
+        if ids is not None:
+            watcher.sized(ids, hint="out")
     watcher.set(result, axes)
+
+
+@_for(
+    "arange",
+    "linspace",
+    "logspace",
+    "eye",
+    "randperm",
+    "fft_fftfreq",
+    "fft_rfftfreq",
+    "tril_indices",
+    "triu_indices",
+)
+def _numbered(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
+    """Entries that tell their index: what meets them stays."""
+    watcher.set(result, [None] * result.dim())
 
 
 # -- shapes ----------------------------------------------------------------------------------------------------
@@ -118,7 +134,7 @@ def _made(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
 
 @_for("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "flatten", "unflatten")
 def _reshaped(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
-    x = a["self"]
+    x, turn = a["self"], watcher.turn()
     axes: list[Ids | None] = [None] * result.dim()
     for inside, outside in _blocks(x.shape, result.shape):
         if len(inside) == len(outside) == 1:
@@ -131,7 +147,7 @@ def _reshaped(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
                 continue
             form = [-1 if p == position else 1 for p in range(len(inside))]
             spread = np.broadcast_to(ids.reshape(form), sizes).reshape(made)
-            _place(watcher, spread, outside, axes)
+            _place(watcher, f"{turn}.{i}", spread, outside, axes)
     watcher.set(result, axes)
     for ids in axes:  # sizes in the call may be numbers that the module holds
         if ids is not None:
@@ -158,7 +174,7 @@ def _blocks(before: Sequence[int], after: Sequence[int]) -> Iterable[tuple[list[
         yield inside, outside
 
 
-def _place(watcher: Watcher, spread: Ids, outside: list[int], axes: list[Ids | None]) -> None:
+def _place(watcher: Watcher, key: str, spread: Ids, outside: list[int], axes: list[Ids | None]) -> None:
     """Labels of a reshaped axis; where it is split, one part stays whole."""
     firsts = [np.take(spread, [0], axis=k) for k in range(spread.ndim)]
     varying = [k for k in range(spread.ndim) if (spread != firsts[k]).any()]
@@ -171,7 +187,10 @@ def _place(watcher: Watcher, spread: Ids, outside: list[int], axes: list[Ids | N
         heads = [k for k in varying if watcher.heads(np.unique(along[k]))]
         # code that splits writes the number of parts more often than their size, and heads into an attribute
         best = heads[-1] if heads else max(varying, key=lambda k: (len(along[k]), counts[k]))
-        moving = int(watcher.decide(str(best)))
+        moving = int(watcher.decide(key, str(best)))
+        moving = (
+            moving if moving in varying else best
+        )  # of an axis with one entry left, nothing is to be decided
         form = [-1 if j == moving else 1 for j in range(spread.ndim)]
         watcher.labels.equal(spread, along[moving].reshape(form))
         watcher.splits.append(np.unique(spread))
@@ -269,9 +288,10 @@ def _sliced(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     x = a["self"]
     axis = a["dim"] % x.dim()
     axes = list(watcher.of(x))
-    if axes[axis] is not None and result.shape[axis] != x.shape[axis]:
+    ids = axes[axis]
+    if ids is not None and result.shape[axis] != x.shape[axis]:
         watcher.freeze(x, [axis], f"{watcher.here} takes a range of its entries by number")
-        axes[axis] = axes[axis][slice(a["start"], a["end"], a["step"])]  # type: ignore[index]
+        axes[axis] = ids[slice(a["start"], a["end"], a["step"])]
     watcher.set(result, axes)
 
 
@@ -303,6 +323,66 @@ def _split(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
         axes[axis] = None if ids is None else ids[start : start + size]
         watcher.set(part, axes)
         start += size
+
+
+@_for("glu")
+def _gated(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
+    x, axis = a["self"], a["dim"] % a["self"].dim()
+    axes = list(watcher.of(x))
+    ids = axes[axis]
+    if ids is not None:
+        rows = ids.reshape(2, -1)
+        watcher.labels.equal(rows[0], rows[1])
+        watcher.splits.append(rows[0])
+        axes[axis] = rows[0]
+    watcher.set(result, axes)
+
+
+@_for("pixel_shuffle", "pixel_unshuffle", "im2col", "col2im")
+def _moved_into_space(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
+    """So many neighbouring channels become positions of one, or the positions of one become channels."""
+    x = a["self"]
+    inside, outside = (
+        -2 if "output_size" in a else -3,
+        -2 if "kernel_size" in a and "output_size" not in a else -3,
+    )
+    watcher.freeze(x, range(x.dim() + inside + 1, x.dim()), f"{watcher.here} moves over it")
+    axes: list[Ids | None] = [None] * result.dim()
+    if result.dim() + outside > 0:
+        axes[: result.dim() + outside] = watcher.of(x)[: x.dim() + inside]
+    ids, before, after = watcher.of(x)[inside], x.shape[inside], result.shape[outside]
+    if ids is not None and after > before:
+        axes[outside] = np.repeat(ids, after // before)
+    elif ids is not None:
+        rows = ids.reshape(after, -1)
+        watcher.labels.equal(rows[:, :1], rows)
+        watcher.splits.append(rows[:, 0])
+        axes[outside] = rows[:, 0]
+    watcher.set(result, axes)
+
+
+@_for("channel_shuffle", "native_channel_shuffle")
+def _interleaved(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
+    axes = list(watcher.of(a["self"]))
+    if axes[1] is not None:
+        rows = axes[1].reshape(a["groups"], -1)
+        watcher.labels.equal(rows[:1], rows)
+        watcher.splits.append(rows[0])
+        axes[1] = rows.T.reshape(-1)
+    watcher.set(result, axes)
+
+
+@_for("repeat_interleave")
+def _repeated_each(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
+    x, times, axis = a.get("self"), a["repeats"], a.get("dim")
+    if isinstance(times, Tensor) or x is None or axis is None:
+        for tensor in (t for t in (x, times) if isinstance(t, Tensor)):
+            watcher.freeze(tensor, None, f"{watcher.here} repeats its entries")
+        return
+    axes = list(watcher.of(x))
+    ids = axes[axis]
+    axes[axis] = None if ids is None else np.repeat(ids, times)
+    watcher.set(result, axes)
 
 
 @_for("unbind")
@@ -364,7 +444,15 @@ def _padded(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     watcher.set(result, axes)
 
 
-@_for("index")
+@_for("unfold")
+def _windowed(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
+    x = a["self"]
+    axis = a["dimension"] % x.dim()
+    watcher.freeze(x, [axis], f"{watcher.here} moves over it")
+    watcher.set(result, [*(None if i == axis else ids for i, ids in enumerate(watcher.of(x))), None])
+
+
+@_for("index", "_unsafe_index")
 def _indexed(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     x, indices = a["self"], list(a["indices"])
     used = [i for i, index in enumerate(indices) if index is not None]
@@ -396,9 +484,11 @@ def _put(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     watcher.set(result, watcher.of(x))
 
 
-@_for("index_select", "embedding")
+@_for("index_select", "embedding", "_embedding_bag", "_embedding_bag_forward_only")
 def _looked_up(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
-    if "weight" in a:
+    if not isinstance(result, Tensor):  # sums of entries
+        x, axis, made, result = a["weight"], 0, [None], result[0]
+    elif "weight" in a:
         x, axis, made = a["weight"], 0, [None] * a["indices"].dim()
     else:
         x, axis, made = a["self"], a["dim"] % a["self"].dim(), [None]
@@ -409,7 +499,7 @@ def _looked_up(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
         watcher.counts("embedding_dim", own[1])
 
 
-@_for("roll", "flip", "cumsum", "sort", "tril", "triu", "cummax", "fft_fftshift")
+@_for("roll", "flip", "cumsum", "cumprod", "sort", "tril", "triu", "cummax", "cummin", "fft_fftshift")
 def _ordered(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     """The order of entries along some axes matters: those stay."""
     x = a["self"]
@@ -438,7 +528,7 @@ def _transformed(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
 
 @_for(
     "mean", "sum", "amax", "amin", "nansum", "prod", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "any",
-    "all", "max", "min", "var_mean", "std_mean", "aminmax",
+    "all", "max", "min", "var_mean", "std_mean", "aminmax", "median", "nanmedian", "count_nonzero",
 )  # fmt: skip
 def _reduced(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     if isinstance(a.get("other"), Tensor):
@@ -509,6 +599,47 @@ def _product(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     watcher.counts("out_features", columns)
 
 
+@_for("_trilinear")
+def _bilinear(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
+    """A product of three tensors, each with new axes, summed over some."""
+    factors = []
+    for number in "123":
+        axes, new = list(watcher.of(a[f"i{number}"])), sorted(a[f"expand{number}"])
+        for axis in new:
+            axes.insert(axis, None)
+        sizes = list(a[f"i{number}"].shape)
+        for axis in new:
+            sizes.insert(axis, 1)
+        factors.append((axes, sizes))
+    axes, constant = [], 1
+    for axis in range(len(factors[0][1])):
+        own = [(labels[axis], sizes[axis]) for labels, sizes in factors if sizes[axis] > 1]
+        ids = own[0][0] if own else None
+        for other, _ in own[1:]:
+            ids = _agree(watcher, ids, other, 2)
+        constant *= own[0][1] if own and ids is None else 1
+        axes.append(ids)
+    watcher.multiplies(constant, *axes)
+    for name, axis in zip(("out_features", "in1_features", "in2_features"), range(1, 4), strict=False):
+        watcher.counts(name, axes[axis] if len(axes) == 4 else None)
+    watcher.set(result, [ids for axis, ids in enumerate(axes) if axis not in a["sumdim"]])
+
+
+@_for("_cdist_forward")
+def _distances(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
+    x, y = a["x1"], a["x2"]
+    _agree(watcher, watcher.of(x)[-1], watcher.of(y)[-1], x.shape[-1])
+    lead = [_joined(watcher, [x, y], i - result.dim(), n) for i, n in enumerate(result.shape[:-2])]
+    watcher.set(result, [*lead, watcher.of(x)[-2], watcher.of(y)[-2]])
+
+
+@_for("_weight_norm_interface")
+def _weight_normed(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
+    axes = list(watcher.of(a["v"]))
+    axes[a["dim"]] = _agree(watcher, axes[a["dim"]], watcher.of(a["g"])[a["dim"]], a["v"].shape[a["dim"]])
+    watcher.set(result[0], axes)
+
+
 def _agree(watcher: Watcher, a: Ids | None, b: Ids | None, size: int) -> Ids | None:
     return watcher.same(a, b) if size > 1 and (a is not None or b is not None) else None
 
@@ -523,7 +654,7 @@ def _convolved(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     kernel = range(2, weight.dim())
     watcher.freeze(weight, list(kernel), "it is an axis of the kernel")
     first, second = watcher.of(weight)[:2]
-    if groups == 1:
+    if groups == 1 and (watcher.name_of(weight) or "") not in watcher.grouped:
         out, inner = (second, first) if transposed else (first, second)
         into = _agree(watcher, into, inner, x.shape[channels])
         summed = into
@@ -554,10 +685,10 @@ def _grouped(
 ) -> tuple[Ids | None, Ids | None, Ids | None]:
     """Labels of outputs, inputs and the inputs that each output sums over, of a convolution in groups."""
     first, second = watcher.of(weight)[:2]
-    key = watcher.name_of(weight)
+    key = watcher.name_of(weight) or watcher.turn()
     width = channels // groups
     made = weight.shape[1] if transposed else weight.shape[0] // groups
-    mode = watcher.decide("groups" if groups >= max(width, made) else "positions", key)
+    mode = watcher.decide(key, "groups" if groups >= max(width, made) else "positions")
     entries = into if into is not None else watcher.labels.new(channels)
     if into is None:
         watcher.labels.freeze(entries, f"{watcher.here} joins it with a tensor of fixed size")
@@ -644,13 +775,13 @@ def _layer_normed(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
 @_for("native_group_norm", "group_norm")
 def _group_normed(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     x, groups = a["input"], int(a["group"] if "group" in a else a["num_groups"])
-    axes = list(watcher.of(x))
+    axes, turn = list(watcher.of(x)), watcher.turn()
     for name in ("weight", "bias"):
         if isinstance(a.get(name), Tensor):
             axes[1] = _agree(watcher, axes[1], watcher.of(a[name])[0], x.shape[1])
-    if axes[1] is not None and groups > 1:  # statistics of a group are about its own channels only
+    if axes[1] is not None and groups > 1:
         rows = axes[1].reshape(groups, -1)
-        if watcher.decide("groups" if groups >= rows.shape[1] else "positions") == "groups":
+        if watcher.decide(turn, "groups" if groups >= rows.shape[1] else "positions") == "groups":
             watcher.labels.equal(rows[:, :1], rows)
             watcher.counts("num_groups", rows[:, 0])
         else:
@@ -666,7 +797,8 @@ def _group_normed(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     "adaptive_max_pool3d", "max_pool2d", "max_pool3d", "upsample_nearest1d", "upsample_nearest2d",
     "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d", "upsample_linear1d",
     "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "grid_sampler_2d",
-    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "mkldnn_max_pool2d",
+    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "mkldnn_max_pool2d", "grid_sampler_3d",
+    "max_unpool2d", "max_unpool3d", "fractional_max_pool2d", "fractional_max_pool3d",
 )  # fmt: skip
 def _pooled(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     x = a["self"] if "self" in a else a["input"]

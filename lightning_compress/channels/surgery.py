@@ -112,7 +112,7 @@ def _check_value(key: str, tensor: Tensor | None, axes: Mapping[int, Tensor], va
 def _check_numbers(key: str, module: nn.Module | None, numbers: Mapping[str, Any]) -> None:
     for name, (_, old, new) in numbers.items():
         held = None if module is None else _number(module, name)
-        if type(held) is not int or held != old or not 0 < new <= old:
+        if type(held) is not int or held != old or not 0 <= new <= old:
             raise ValueError(
                 f"the plan changes {name} of {key or 'the model'} from {old} to {new}, and here it is {held}: apply it "
                 "to the architecture it was made for."

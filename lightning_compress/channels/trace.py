@@ -16,7 +16,9 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -71,8 +73,8 @@ class Trace:
         axes: full name of a parameter or buffer -> labels of each of its axes.
         attributes: numbers of modules that count channels.
         work: multiplications.
-        grouped: what was decided where channels can be taken apart in more than one way, such as full name of the weight
-            of a grouped convolution -> "groups" (whole groups go) or "positions" (the same channel of every group).
+        grouped: what was decided where channels can be taken apart in more than one way, such as the full name of the
+            weight of a grouped convolution -> "groups" (whole groups go) or "positions" (the same of every group).
         classes: label -> class; what is in one class goes together.
         frozen: class -> why it stays.
         split: classes that code splits into a fixed number of parts.
@@ -127,14 +129,16 @@ def trace(model: nn.Module, x: Any, grouped: dict[str, str] | None = None) -> Tr
         for name, module in model.named_modules():
             stack.callback(module.register_forward_pre_hook(watcher.enter(clean(name), module)).remove)
             stack.callback(module.register_forward_hook(watcher.leave, always_call=True).remove)
+        stack.enter_context(_Scales(watcher))
         with watcher:
             output = call(model, x)
         given = watcher.gives(output)
         work, trains = list(watcher.work), False
         if watcher.asleep():
-            for module in model.modules():  # layers stay in evaluation mode: no dropout, no statistics of one sample
+            for (
+                module
+            ) in model.modules():  # layers stay in evaluation mode: no dropout, no statistics of one sample
                 module.training = any(True for _ in module.children())
-            watcher.calls.clear()
             with suppress(Exception), watcher:  # training may need other inputs
                 watcher.gives(call(model, x))
                 trains = True
@@ -151,7 +155,7 @@ class Watcher(TorchDispatchMode):
         self.splits: list[Ids] = []
         self.stack: list[tuple[str, nn.Module]] = [("", model)]
         self._taken: list[set[str]] = [set()]
-        self.calls: Counter[str] = Counter()
+        self._turns: Counter[str] = Counter()
         self.owned = tensors_of(model)
         self._read: set[int] = set()
         self._known: dict[int, tuple[Tensor, AxisLabels]] = {}  # holding on to a tensor keeps its id its own
@@ -205,17 +209,14 @@ class Watcher(TorchDispatchMode):
         name, module = self.stack[-1]
         return f"{name} ({type(module).__name__})" if name else type(module).__name__
 
-    def decide(self, default: str, key: str | None = None) -> str:
-        """One of several ways to take channels apart: that of the earlier trace, if there was one.
+    def turn(self) -> str:
+        """A key for what happens now: the module that runs, and how often it has asked."""
+        where = self.stack[-1][0]
+        self._turns[where] += 1
+        return f"{where}()#{self._turns[where]}"
 
-        Args:
-            default: what is chosen otherwise.
-            key: what it is about; otherwise it is known by the number of times that the module that runs now asked.
-        """
-        if key is None:
-            where = self.stack[-1][0]
-            self.calls[where] += 1
-            key = f"{where}()#{self.calls[where]}"
+    def decide(self, key: str, default: str) -> str:
+        """One of several ways to take channels apart: that of the earlier trace, if it has decided, or the default."""
         return self.grouped.setdefault(key, default)
 
     def counts(self, name: str, labels: Ids | None, index: int | None = None) -> None:
@@ -269,13 +270,22 @@ class Watcher(TorchDispatchMode):
         where, _ = self.stack.pop()
         self._taken.pop()
         shape = vars(module._modules.get("weight") or module).get("shape", ())
-        for index, name, tensor in ((0, "in_channels", first_tensor(args)), (1, "out_channels", first_tensor(output))):
-            if not isinstance(tensor, Tensor) or tensor.dim() < 2 or vars(module).get(name) != tensor.shape[1]:
+        for index, name, tensor in (
+            (0, "in_channels", first_tensor(args)),
+            (1, "out_channels", first_tensor(output)),
+        ):
+            if (
+                not isinstance(tensor, Tensor)
+                or tensor.dim() < 2
+                or vars(module).get(name) != tensor.shape[1]
+            ):
                 continue
             labels = self.of(tensor)[1]
             if labels is not None:
                 self.attributes.append(Attribute(where, name, None, labels))
-                if len(shape) > 2 and shape[index] == len(labels):  # a factorized tensor knows the shape it stands for
+                if len(shape) > 2 and shape[index] == len(
+                    labels
+                ):  # a factorized tensor knows the shape it stands for
                     self.attributes.append(Attribute(f"{where}.weight", "shape", index, labels))
 
     def asleep(self) -> bool:
@@ -323,3 +333,19 @@ class Watcher(TorchDispatchMode):
         for tensor in tree_leaves(given):
             if isinstance(tensor, Tensor):
                 self.freeze(tensor, None, why)
+
+
+class _Scales(TorchFunctionMode):
+    """Sees attention before it is taken apart: its scale may follow from a number of channels, which then stay."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        super().__init__()
+        self.watcher = watcher
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and kwargs.get("scale") is None:
+            query = args[0] if args else kwargs["query"]
+            why = f"{self.watcher.here} divides by the root of their number"
+            self.watcher.freeze(query, [query.dim() - 1], why)
+        return func(*args, **kwargs)

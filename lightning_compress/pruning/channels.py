@@ -174,9 +174,10 @@ class RemoveChannels(Transform):
             for key, value in fitted.items():
                 layers.setdefault(key, {})["value"] = value
         identity = not gone and (self.ratio == 0 or self.ratio == _SILENT or self.budget == ("macs", 1.0))
-        named = {
-            keys.get(name, name): why for name, why in skipped.items() if keys.get(name, name) not in layers
-        }
+        named = {}
+        for name, why in skipped.items():
+            key = keys.get(name, name)
+            named[f"outputs of {key}" if key in layers else key] = why
         return Plan(layers, named, identity=identity, data=source)
 
     def apply(self, model: nn.Module, plan: Plan) -> None:
@@ -408,7 +409,8 @@ def silent(model: nn.Module, found: Channels) -> list[int]:
         for (key, axis), indices in family.members.items():
             if key not in trained or (key, axis) in inputs:
                 continue
-            live = (tensors[key].detach() != 0).movedim(axis, 0).flatten(1).any(1).cpu().numpy()
+            live = (tensors[key].detach() != 0).movedim(axis, 0)
+            live = live.reshape(len(live), -1).any(1).cpu().numpy()
             quiet &= np.array([not live[i].any() for i in indices])
         goes = [c for c, q in zip(family.classes, quiet, strict=True) if q]
         gone += goes[1:] if len(goes) == len(family) else goes
