@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,9 @@ from lightning_compress.stats.running import call, evaluating
 if TYPE_CHECKING:
     from lightning_compress.pruning.channels import RemoveChannels
     from lightning_compress.pruning.trials import Trials
+
+_CLOSE = 0.005  # what a budget may leave unused without a search
+_TRIES = 200
 
 
 class RemovalOrder:
@@ -99,8 +102,7 @@ class RemovalOrder:
             ValueError: all that may go do not suffice.
         """
 
-        def left(count: int) -> float:
-            gone = self.first(count)
+        def left(gone: Sequence[int]) -> float:
             if kind == "macs":
                 return self.found.macs(gone) / max(self.found.macs([]), 1.0)
             if kind == "params":
@@ -109,7 +111,7 @@ class RemovalOrder:
             return relative_latency(trials.model, trials.small(gone), trials.x)
 
         low, high = 0, len(self.classes)
-        least = left(high)
+        least = left(self.first(high))
         if least > share:
             raise ValueError(
                 f"budget=({kind!r}, {share}) cannot be met: without all channels that may go, {least:.3f} are left. "
@@ -117,8 +119,22 @@ class RemovalOrder:
             )
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if left(middle) <= share else (middle + 1, high)
-        return self.first(high)
+            low, high = (low, middle) if left(self.first(middle)) <= share else (middle + 1, high)
+        return self._closer(high, share, left) if kind != "latency" and high else self.first(high)
+
+    def _closer(self, high: int, share: float, left: Callable[[Sequence[int]], float]) -> list[int]:
+        """Instead of a last channel that takes far more than is asked for, later ones that take less."""
+        enough = self.first(high)
+        if self.options.round_to > 1 or left(enough) > share - _CLOSE:
+            return enough
+        gone = self.first(high - 1)
+        for one in self.classes[high : high + _TRIES].tolist():
+            now = left([*gone, one])
+            if now > share:
+                gone.append(one)
+            elif now > left(enough):
+                enough = [*gone, one]
+        return enough
 
     def _cap(self, family: Family) -> int:
         return min(int(self.options.max_layer_ratio * len(family)), len(family) - 1)
