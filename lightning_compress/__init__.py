@@ -9,6 +9,7 @@ from lightning_compress.callbacks.monitor import CompressionMonitor
 from lightning_compress.callbacks.pruning import ScheduledPruning
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
 from lightning_compress.callbacks.regularization import LowRankRegularization
+from lightning_compress.callbacks.removal import ScheduledRemoval
 from lightning_compress.codes import Code
 from lightning_compress.compress import compress
 from lightning_compress.cost import cost
@@ -52,6 +53,7 @@ __all__ = [
     "RelativeL2Error",
     "RemoveChannels",
     "ScheduledPruning",
+    "ScheduledRemoval",
     "Transform",
     "TruncateModes",
     "benchmark",

@@ -1,4 +1,4 @@
-"""The command line: ``lightning-compress prune | factorize | quantize | export | inspect | benchmark``.
+"""The command line, ``lightning-compress VERB``: compress a trained network, export it, look into files, measure.
 
 A verb is a pair: a function that adds its options to a parser, and one that does the work. The options of a method
 are read from its transform, so they are written once. Input that cannot be used ends in one line on stderr and exit
@@ -31,6 +31,7 @@ from lightning_compress.container import replacing
 from lightning_compress.export import export_onnx
 from lightning_compress.fusion import FuseBatchNorm
 from lightning_compress.lowrank import Factorize
+from lightning_compress.pruning.channels import RemoveChannels
 from lightning_compress.pruning.sparsify import Prune
 from lightning_compress.quantization.quantize import Quantize
 from lightning_compress.stats.calibration import SAMPLERS
@@ -81,6 +82,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prune(options: Namespace) -> None:
     _compress(options, [_transform(Prune, options), *([FuseBatchNorm()] if options.fuse else [])])
+
+
+def _remove_channels(options: Namespace) -> None:
+    if options.example_shape is None and options.data in (None, *_SAMPLERS):
+        raise InputError(
+            "remove-channels runs the network to see which channels belong together: give --example_shape, e.g. "
+            "1 3 32 32, or inputs with --data."
+        )
+    _compress(options, [_transform(RemoveChannels, options), *([FuseBatchNorm()] if options.fuse else [])])
 
 
 def _factorize(options: Namespace) -> None:
@@ -255,7 +265,9 @@ def _network_options(parser: ArgumentParser, *, shape_required: bool) -> None:
 
 
 _TEXTS = {  # options that may be a name, though the transform also takes an object
-    "criterion": "magnitude, random, or package.module:function",
+    "criterion": "magnitude, taylor, fisher, wanda, activation, batchnorm_scale, redundancy, random, or "
+    "package.module:function",
+    "pattern": "unstructured, channel, N:M such as 2:4, or block:SIZE such as block:4x1",
     "format": "int, log2, e4m3, e5m2, e3m4, e2m1, fp16 or bf16",
     "granularity": "per_channel, per_tensor or per_group:SIZE",
 }
@@ -297,6 +309,10 @@ def _prune_options(parser: ArgumentParser) -> None:
     _compress_options(parser, Prune, "after pruning")
 
 
+def _remove_channels_options(parser: ArgumentParser) -> None:
+    _compress_options(parser, RemoveChannels, "after removing channels")
+
+
 def _factorize_options(parser: ArgumentParser) -> None:
     _compress_options(parser, Factorize, "before factorizing")
 
@@ -330,6 +346,11 @@ def _benchmark_options(parser: ArgumentParser) -> None:
 
 _VERBS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Namespace], None]]] = {
     "prune": ("zero weights of a trained network and write an .lcz archive", _prune_options, _prune),
+    "remove-channels": (
+        "take channels out of a trained network and write an .lcz archive",
+        _remove_channels_options,
+        _remove_channels,
+    ),
     "factorize": (
         "write weights as products of thinner ones and write an .lcz archive",
         _factorize_options,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress import codes, tables
 from lightning_compress.cost import Cost, cost
@@ -131,6 +131,7 @@ def compress(
     *,
     example_input: Any = None,
     data: Any = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
     inplace: bool = False,
     seed: int = 0,
 ) -> Result:
@@ -143,6 +144,8 @@ def compress(
             MACs and drawing inputs.
         data: calibration inputs: batches, a loader, a sampler name or a function (see
             ``lightning_compress.stats.Calibration``).
+        loss: function of the model's output and a batch's labels to a scalar, for methods that look at gradients;
+            None takes what is said at ``lightning_compress.stats.collect``.
         inplace: change ``model`` itself. The work is still done on a copy first, so an error leaves the
             model as it was.
         seed: seed of drawn inputs; the global random state is untouched.
@@ -170,7 +173,7 @@ def compress(
             )
     check_order(todo, model)
     _check_finite(model)
-    calibration = Calibration(example_input=example_input, data=data, seed=seed, origin=model)
+    calibration = Calibration(example_input=example_input, data=data, seed=seed, origin=model, loss=loss)
     before = cost(model, example_input)
     start = digests(model)
     work = copy.deepcopy(model)

@@ -17,7 +17,13 @@ from lit import Lit, loader, trainer
 import lightning_compress as lc
 
 TESTS = Path(__file__).parent
-CRITERIA = ("magnitude", "random")
+RULES = {
+    "magnitude": {"begin": 1},
+    "random": {"begin": 1, "criterion": "random"},
+    "wanda": {"begin": 1, "criterion": "wanda"},
+    "taylor": {"begin": 1, "criterion": "taylor"},
+    "gradient": {"regrow": "gradient", "regrow_share": 0.5, "distribution": "erk"},
+}
 
 
 def fit(folder, *callbacks, version="killed", resume=False):
@@ -88,11 +94,11 @@ class Data(pl.LightningDataModule):
         return torch.utils.data.DataLoader(loader().dataset, batch_size=8 // self.trainer.world_size, sampler=sampler)
 
 
-for criterion in {criteria!r}:
+for rule, given in {rules!r}.items():
     for devices in (2, 1):
-        folder = Path({folder!r}, criterion, str(devices))
+        folder = Path({folder!r}, rule, str(devices))
         folder.mkdir(parents=True)
-        prune = lc.ScheduledPruning(sparsity=0.75, begin=1, end=9, unit="step", every=2, criterion=criterion)
+        prune = lc.ScheduledPruning(sparsity=0.75, end=9, unit="step", every=2, **given)
         lit = SGD()
         options = {{"logger": CSVLogger(folder), "log_every_n_steps": 1}}
         if devices == 2:
@@ -105,16 +111,16 @@ for criterion in {criteria!r}:
 
 def test_34_50_two_ranks_have_equal_masks_and_the_weights_of_one_process(tmp_path):
     """Behaviours 34 (weights come home from forked processes) and 50 (ranks log the same keys), besides equality."""
-    code = RANKS.format(tests=str(TESTS), folder=str(tmp_path), criteria=CRITERIA)
+    code = RANKS.format(tests=str(TESTS), folder=str(tmp_path), rules=RULES)
     (tmp_path / "run.py").write_text(code)
     done = subprocess.run(
         [sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    for criterion in CRITERIA:
-        a, b = (torch.load(tmp_path / criterion / "2" / f"rank{r}.pt", weights_only=True) for r in (0, 1))
-        one = torch.load(tmp_path / criterion / "1" / "rank0.pt", weights_only=True)
-        assert equal(a, b), criterion
+    for rule in RULES:
+        a, b = (torch.load(tmp_path / rule / "2" / f"rank{r}.pt", weights_only=True) for r in (0, 1))
+        one = torch.load(tmp_path / rule / "1" / "rank0.pt", weights_only=True)
+        assert equal(a, b), rule
         assert equal(a["masks"], one["masks"]) and a["logged"] == b["logged"]
         for key, weight in one["weights"].items():
             assert torch.allclose(a["weights"][key], weight, atol=1e-6, rtol=0), key

@@ -160,7 +160,10 @@ def test_a_criterion_is_a_plain_function_that_may_ask_for_stats():
         ),
         ({"sparsity": -0.1}, "sparsity=-0.1"),
         ({"sparsity": {"fc": 1.5}}, "sparsity=1.5 for 'fc'"),
-        ({"criterion": "size"}, "criterion='size' is unknown; allowed: magnitude, random, an import path"),
+        (
+            {"criterion": "size"},
+            "criterion='size' is unknown; allowed: magnitude, taylor, .*redundancy, random, an import path",
+        ),
         ({"scope": "model"}, "scope='model' is unknown; allowed: global, layer, row"),
         ({"threshold": 0.0}, "threshold=0.0: allowed is > 0"),
         ({"threshold_unit": "mean"}, "allowed: absolute, row_mean"),

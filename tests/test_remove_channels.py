@@ -10,8 +10,8 @@ from torch import nn
 import lightning_compress as lc
 from lightning_compress.models import LeNet5, ResNetCIFAR
 from lightning_compress.plans import Plan, from_json, to_json
-from lightning_compress.pruning.channels import silencing
 from lightning_compress.pruning.order import relative_latency
+from lightning_compress.pruning.silence import silencing
 from lightning_compress.stats import Calibration
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

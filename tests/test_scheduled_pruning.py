@@ -262,13 +262,19 @@ def test_a_transform_beside_options_at_their_defaults_is_no_conflict():
     assert callback.transform.sparsity == 0.7
 
 
-def test_a_criterion_that_needs_inputs_is_refused_before_training():
-    def by_input(target, stats):
-        return target.weight.detach().abs() * stats.input_norm
+def test_what_cannot_be_measured_in_training_is_refused_at_once():
+    def by_gram(target, stats):
+        return target.weight.detach().abs() * stats.gram.diagonal()
 
-    by_input.needs = ("input_norm",)
-    with pytest.raises(MisconfigurationException, match=r"by_input needs input_norm.*before the fit"):
-        trainer(lc.ScheduledPruning(criterion=by_input)).fit(Lit(), loader())
+    by_gram.needs = ("gram",)
+    with pytest.raises(
+        MisconfigurationException, match=r"by_gram needs gram, .*measured are .*before the fit"
+    ):
+        lc.ScheduledPruning(criterion=by_gram)
+    with pytest.raises(
+        MisconfigurationException, match=r"fisher needs .*gradient.* says nothing of single ones"
+    ):
+        lc.ScheduledPruning(criterion="fisher")
 
 
 def test_what_fits_nothing_is_an_error_before_training():

@@ -465,7 +465,11 @@ def test_loss_needs_labels_and_fields_need_names() -> None:
         "output_range",
         "histogram",
         "output_histogram",
+        "output_rms",
+        "output_mean_abs",
         "gradient",
+        "taylor",
+        "taylor_sums",
     ],
 )
 def test_a_layer_that_never_ran_is_named(what: str) -> None:
@@ -483,11 +487,42 @@ def test_a_layer_that_never_ran_is_named(what: str) -> None:
     assert collect(model, find(model, exclude="spare"), Calibration(data=[torch.ones(1, 2)]), [what])
 
 
-@pytest.mark.parametrize("what", ["input_norm", "histogram", "gradient"])
+def test_the_bias_is_that_of_layer_and_batchnorm() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).eval()
+    nn.init.normal_(model[1].bias)
+    model[1].running_mean.normal_()
+    data = Calibration(data=[torch.randn(4, 3)])
+    (target,) = find(model)
+    what = ["bias", "bias_gradient", "norm_scale"]
+    alone = collect(model, [target], data, what)["0.weight"]
+    assert torch.equal(alone.bias, model[0].bias) and alone.norm_scale is None and alone.count == 4
+    both = collect(model, [target], data, what, norms={"0.weight": model[1]})["0.weight"]
+    zero = copy.deepcopy(model)
+    nn.init.zeros_(zero[0].weight)
+    torch.testing.assert_close(both.bias, zero(torch.randn(1, 3))[0].detach())
+    assert torch.equal(both.norm_scale, model[1].weight.abs())
+    # The linear layer's own bias sees the same gradients, times gamma / sigma.
+    torch.testing.assert_close(alone.bias_gradient, both.bias_gradient / (1 + 1e-5))
+    bare = nn.Linear(3, 2, bias=False)
+    assert collect(bare, find(bare), data, what)["weight"].bias is None
+
+
+def test_a_loss_of_the_calibration_is_used() -> None:
+    x, y = torch.randn(6, 3), torch.randn(6, 2)
+    layer, loss = nn.Linear(3, 2), lambda out, label: (out - label).abs().sum()
+    what = ["gradient", "taylor"]
+    given = collect(layer, find(layer), Calibration(data=[(x, y)]), what, loss=loss)["weight"]
+    held = collect(layer, find(layer), Calibration(data=[(x, y)], loss=loss), what)["weight"]
+    assert torch.equal(given.gradient, held.gradient) and torch.equal(given.taylor, held.taylor)
+    own = collect(layer, find(layer), Calibration(data=[(x, y)]), what)["weight"]
+    assert not torch.equal(own.gradient, held.gradient) and not torch.equal(own.taylor, held.taylor)
+
+
+@pytest.mark.parametrize("what", ["input_norm", "output_rms", "histogram", "gradient", "taylor"])
 def test_values_that_are_not_finite_are_named(what: str) -> None:
     x = torch.ones(2, 2)
     x[1, 0] = float("nan")
-    words = "output is not finite" if what == "gradient" else r"0\.weight: .* not finite"
+    words = "output is not finite" if what in ("gradient", "taylor") else r"0\.weight: .* not finite"
     with pytest.raises(ValueError, match=words):
         only(nn.Sequential(nn.Linear(2, 2)), [x], what)
 

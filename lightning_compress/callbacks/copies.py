@@ -62,17 +62,43 @@ class FirstInput:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What PyTorch calls ahead of ``forward``."""
-        if getattr(module.forward, "__func__", None) is not type(module).forward:
-            return  # distributed strategies send training_step's arguments through a patched forward
-        self.handle.remove()
-        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments if kwargs else args
-        leaves = tree_leaves(given)
-        sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
-        if sizes and all(
-            leaf is None or isinstance(leaf, Tensor | bool | int | float | str) for leaf in leaves
-        ):
-            few = take_samples(given, sizes[0], 0, _SAMPLES)
-            self.value = tree_map(lambda v: v.detach().cpu().clone() if isinstance(v, Tensor) else v, few)
+        if not is_patched(module):
+            self.handle.remove()
+            few = own_inputs(module, args, kwargs, _SAMPLES)
+            self.value = tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, few)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether something else goes through ``forward`` now: distributed strategies send training_step's arguments."""
+    return getattr(module.forward, "__func__", None) is not type(module).forward
+
+
+def own_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> Any:
+    """Copies of the first samples of what a module is called with.
+
+    Args:
+        module: any module.
+        args: positional inputs.
+        kwargs: inputs by name.
+        samples: how many to take.
+
+    Returns:
+        Positional inputs, or all of them by name; None for inputs that are no tensors.
+
+    Examples:
+        >>> own_inputs(nn.Linear(1, 1), (torch.ones(3, 1),), {}, samples=2)
+        (tensor([[1.],
+                [1.]]),)
+    """
+    given = inspect.signature(module.forward).bind(*args, **kwargs).arguments if kwargs else args
+    leaves = tree_leaves(given)
+    sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
+    if not sizes or not all(
+        leaf is None or isinstance(leaf, Tensor | bool | int | float | str) for leaf in leaves
+    ):
+        return None
+    few = take_samples(given, sizes[0], 0, samples)
+    return tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, few)
 
 
 class ExampleInput:

@@ -94,6 +94,11 @@ class PenalizingCallback(ScheduledCallback):
         """What is logged of the weights as they are: totals by quantity, and values of single layers."""
 
     @property
+    def concerned(self) -> str:
+        """What is penalized, in words."""
+        return f"{len(self.penalized)} weights"
+
+    @property
     def in_loss(self) -> bool:
         """Whether the penalty joins the loss; False for methods that change the weights after the step."""
         return True
@@ -132,8 +137,13 @@ class PenalizingCallback(ScheduledCallback):
         super()._check(trainer)
         callbacks = callbacks_of(trainer)
         earlier = callbacks[: callbacks.index(self)] if self in callbacks else []
+        me = type(self).__name__
+        for other in earlier:
+            if isinstance(other, PenalizingCallback) and other.name == self.name:
+                raise MisconfigurationException(
+                    f"{type(other).__name__} and {me} would log under the same tags: give one of them a name=."
+                )
         if any(isinstance(other, ScheduledPruning) for other in earlier):
-            me = type(self).__name__
             raise MisconfigurationException(
                 f"{me} must come before ScheduledPruning in Trainer(callbacks=[...]), which zeroes what it adds to "
                 f"pruned weights. Put {me} first."
@@ -148,7 +158,7 @@ class PenalizingCallback(ScheduledCallback):
                 f"{reasons(skipped) or ' the module has no weights.'}"
             )
         super().on_fit_start(trainer, pl_module)
-        rank_zero_info(f"{type(self).__name__}: {len(self.penalized)} weights.{reasons(skipped)}")
+        rank_zero_info(f"{type(self).__name__}: {self.concerned}.{reasons(skipped)}")
 
     def counts_steps_of(self, optimizer: Optimizer) -> bool:
         """An optimizer that updates a penalized parameter."""
@@ -170,8 +180,11 @@ class PenalizingCallback(ScheduledCallback):
         owned = self._owned(optimizer)
         if not factor or not owned:
             return
+        penalized = self.penalized
+        into: list[Tensor] = []
+        added: list[Tensor] = []
         for key, gradient in self.gradients(owned).items():
-            parameter = self.penalized[key]
+            parameter = penalized[key]
             if id(parameter) not in owned or parameter.grad is None:  # frozen, or not used in this step
                 continue
             if parameter.grad.is_sparse:
@@ -179,7 +192,10 @@ class PenalizingCallback(ScheduledCallback):
                     f"{key} has a sparse gradient, and a penalty concerns all of its entries: build the layer with "
                     "sparse=False, or exclude it."
                 )
-            parameter.grad.add_(gradient.to(parameter.grad.dtype), alpha=factor)
+            into.append(parameter.grad)
+            added.append(gradient.to(parameter.grad.dtype))
+        if into:
+            torch._foreach_add_(into, added, alpha=factor)
 
     def _stepping(self, optimizer: Optimizer) -> bool:
         """Whether the step that an optimizer is about to take, or has just taken, is one of the due ones."""
@@ -210,7 +226,10 @@ class PenalizingCallback(ScheduledCallback):
 
 
 def with_options(
-    kind: str | Callable[..., Any], known: Mapping[str, Callable[..., Any]], options: Mapping[str, Any]
+    kind: str | Callable[..., Any],
+    known: Mapping[str, Callable[..., Any]],
+    options: Mapping[str, Any],
+    given: int = 1,
 ) -> Callable[..., Any]:
     """The rule that ``kind=`` means, with its options filled in.
 
@@ -218,9 +237,10 @@ def with_options(
         kind: a name of ``known``, an import path, or the rule itself.
         known: name -> rule, a function of one tensor and its options.
         options: what the rule takes besides.
+        given: arguments that come before the options.
 
     Returns:
-        A function of the tensor alone.
+        A function of these arguments alone.
 
     Raises:
         ValueError: unknown kind, or options that it does not take or lacks.
@@ -232,8 +252,8 @@ def with_options(
     rule = resolve(kind, known, "kind")
     signature = inspect.signature(rule)
     try:
-        signature.bind(None, **options)
+        signature.bind(*[None] * given, **options)
     except TypeError as error:
-        allowed = ", ".join(map(str, list(signature.parameters.values())[1:])) or "none"
+        allowed = ", ".join(map(str, list(signature.parameters.values())[given:])) or "none"
         raise ValueError(f"kind={name_of(kind)!r}: {error}; options of this kind: {allowed}.") from None
     return functools.partial(rule, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
@@ -11,18 +11,18 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_compress import codes
-from lightning_compress.callbacks.base import log_due, logged_step, unowned, updated_by
-from lightning_compress.callbacks.scheduled import ScheduledCallback
-from lightning_compress.functional.masks import apply_mask_, pack_bits, unpack_bits
-from lightning_compress.names import clean, name_of
+from lightning_compress.callbacks.base import loss_scale, unowned, updated_by
+from lightning_compress.callbacks.masked import MaskingCallback
+from lightning_compress.callbacks.observed import TrainingStats
+from lightning_compress.callbacks.regrowth import Regrowth
+from lightning_compress.names import name_of
 from lightning_compress.pruning.criteria import criterion
 from lightning_compress.pruning.sparsify import Prune
 from lightning_compress.tables import reasons
 from lightning_compress.targets import Target, survey
 
 
-class ScheduledPruning(ScheduledCallback):
+class ScheduledPruning(MaskingCallback):
     r"""Raise the sparsity along a schedule during ``Trainer.fit``, then hold the zeros and let the rest heal.
 
     ``s(t) = start + (target - start) f(clip((t - begin) / (end - begin), 0, 1))``, with t the number of optimizer
@@ -34,15 +34,24 @@ class ScheduledPruning(ScheduledCallback):
     after every optimizer step, the gradient and the optimizer's moments of masked entries are zero. Every
     checkpoint has its zeros and loads without this library.
 
+    With ``regrow`` the masks move instead, at constant sparsity from the first step to the last (dynamic sparse
+    training): at each of those steps every layer gives up the share ``a(t) = regrow_share (1 - f(p(t)))`` of its kept
+    entries, those with the smallest ``|w|``, and takes as many others, which start at zero. With the default schedule,
+    "cosine" from the first step on, ``a(t) = regrow_share / 2 (1 + cos(pi t / end))`` as in the paper.
+
     Args:
         transform: what to prune; or give the options of ``lightning_compress.Prune`` directly.
         schedule: "constant", "linear", "cubic", "polynomial", "cosine", "exponential", a mapping of steps, a
-            function of progress, or its import path.
+            function of progress, or its import path; None is "cubic", and "cosine" with ``regrow``.
         start: sparsity before ``begin``, in [0, 1).
-        begin: first point of the schedule.
-        end: last point; from then on the sparsity is the target's.
+        begin: first point of the schedule; None is 0.1 of training, and its beginning with ``regrow``.
+        end: last point; from then on the sparsity is the target's, and the masks stay.
         unit: "fraction" (of all optimizer steps), "step" or "epoch".
         every: optimizer steps between mask updates.
+        regrow: None; "gradient", entries come where the loss gradient is largest (RigL); or "random" (SET).
+        regrow_share: largest share of a layer's kept entries that is exchanged at once, in (0, 1].
+        distribution: with ``regrow``, what each layer keeps: "erk" (more of small layers), "uniform", or None, as the
+            ranking by ``criterion`` and ``scope`` says.
         rewind: after every update set the kept weights back to what they were at the first step (lottery ticket).
         protect_schedule: hold early stopping back until ``end``.
         gate: name of a validation metric; logs ``compress/at_target/<gate>``, infinite before ``end``, so that
@@ -59,28 +68,36 @@ class ScheduledPruning(ScheduledCallback):
         >>> callback = ScheduledPruning(sparsity=0.9, begin=0.1, end=0.7)
         >>> callback.transform.sparsity
         0.9
+        >>> ScheduledPruning(sparsity=0.9, regrow="gradient", distribution="erk", criterion="random").schedule
+        'cosine'
 
-    Source: Zhu & Gupta 2017, To Prune or Not to Prune (cubic schedule); Frankle & Carbin 2019 (rewinding).
+    Source: Zhu & Gupta 2017, To Prune or Not to Prune (cubic schedule); Frankle & Carbin 2019 (rewinding); Evci et al.
+    2020, Rigging the Lottery (RigL, ERK); Mocanu et al. 2018 (SET).
     """
-
-    changes_weights: ClassVar[bool] = True
 
     def __init__(
         self,
         transform: Prune | None = None,
         *,
-        schedule: str | dict[float, float] = "cubic",
+        schedule: str | dict[float, float] | None = None,
         start: float = 0.0,
-        begin: float = 0.1,
+        begin: float | None = None,
         end: float = 0.7,
         unit: str = "fraction",
         every: int = 50,
+        regrow: str | None = None,
+        regrow_share: float = 0.3,
+        distribution: str | None = None,
         rewind: bool = False,
         protect_schedule: bool = False,
         gate: str | None = None,
         name: str | None = None,
         **prune_options: Any,
     ) -> None:
+        if schedule is None:
+            schedule = "cosine" if regrow else "cubic"
+        if begin is None:
+            begin = 0.0 if regrow else 0.1
         super().__init__(
             schedule=schedule,
             begin=begin,
@@ -100,21 +117,32 @@ class ScheduledPruning(ScheduledCallback):
         if not 0 <= start < 1:
             raise ValueError(f"start={start}: allowed is 0 <= start < 1.")
         self.start, self.rewind = start, rewind
-        self.masks: dict[str, Tensor] = {}  # parameter name -> True = kept
+        self.regrow, self.regrow_share, self.distribution = regrow, regrow_share, distribution
+        self._regrowth = (
+            None if regrow is None else Regrowth(regrow, regrow_share, distribution, self.transform)
+        )
+        self._check_regrowth()
+        needs = getattr(criterion(self.transform.criterion, self.transform.seed), "needs", ())
+        self._stats = TrainingStats(needs, name_of(self.transform.criterion)) if needs else None
         self._shares: dict[str, float] = {}  # parameter name -> final sparsity
         self._initial: dict[str, Tensor] = {}  # for rewind
-        self._kept = 0
-        self._targets: list[Target] = []
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Options, masks and counters; never the model, its optimizers or the trainer."""
-        return super().__getstate__() | {"_targets": []}
-
-    @property
-    def sparsity(self) -> float:
-        """Share of masked entries among the targets, each counted once."""
-        total = sum(m.numel() for m in self.masks.values())
-        return 1.0 - self._kept / total if total else 0.0
+    def _check_regrowth(self) -> None:
+        """Refuse options that mean something only with, or only without, ``regrow``."""
+        if self._regrowth is None and self.distribution is not None:
+            raise ValueError(
+                f"distribution={self.distribution!r} needs regrow=: without it, scope says what is ranked together."
+            )
+        if self._regrowth is not None and (self.start or self.rewind):
+            option = "start" if self.start else "rewind"
+            raise ValueError(
+                f"{option}= has no meaning with regrow=: sparsity is constant, and what comes is zero."
+            )
+        if self._regrowth is not None and self.shape(0.0) >= 1:
+            raise ValueError(
+                f"schedule={name_of(self.schedule)!r} is at its end at once, so regrow= would exchange nothing: take "
+                "'cosine', or another one that goes from 0 to 1."
+            )
 
     def target_sparsity(self, t: int | None = None) -> float:
         """What the schedule asks for.
@@ -132,112 +160,118 @@ class ScheduledPruning(ScheduledCallback):
 
     def _asked(self, t: int) -> dict[str, float]:
         """Sparsity of every target at step t."""
+        if self._regrowth is not None:
+            return self._shares
         return {key: self.between(min(self.start, share), share)(t) for key, share in self._shares.items()}
 
     # -- fit ---------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the targets (everything is built by now), take over masks, follow the optimizers."""
-        needs = getattr(criterion(self.transform.criterion, self.transform.seed), "needs", ())
-        if needs:
-            raise MisconfigurationException(
-                f"criterion {name_of(self.transform.criterion)} needs {', '.join(needs)}, which is not measured while "
-                "training: use compress(model, [Prune(...)], data=...) before the fit; its zeros are then kept."
-            )
+        targets, skipped = self._find(trainer, pl_module)
+        self._held.start(targets, self.transform.present_mask)
+        if self._stats is not None:
+            self._undo += self._stats.start(targets)
+            if not trainer.is_global_zero:
+                self._stats.reset()  # a checkpoint has the sums of all processes, which go to one
+        if self.rewind and not self._initial:
+            self._initial = {t.key: t.weight.detach().cpu().clone() for t in targets}
+        super().on_fit_start(trainer, pl_module)
+        entries = sum(t.weight.numel() for t in targets)
+        rank_zero_info(
+            f"ScheduledPruning: {len(targets)} weights with {entries:,} entries.{reasons(skipped)}"
+        )
+
+    def _find(self, trainer: Trainer, pl_module: LightningModule) -> tuple[list[Target], dict[str, str]]:
+        """The weights to prune, and why the others are not; what goes with their channels."""
         found = survey(pl_module, self.transform.include, self.transform.exclude)
         self._shares, skipped = self.transform.shares(found.targets)
         skipped |= found.skipped
+        targets = [t for t in found.targets if t.key in self._shares]
         updated = updated_by(*trainer.optimizers)
-        self._targets = [t for t in found.targets if t.key in self._shares and id(t.weight) in updated]
-        lost = [t.key for t in found.targets if t.key in self._shares and id(t.weight) not in updated]
-        skipped |= unowned(lost)
-        for key in lost:
-            del self._shares[key]
-        if not self._targets:
+        lost = unowned([t.key for t in targets if id(t.weight) not in updated])
+        plugin, x = trainer.precision_plugin, pl_module.example_input_array
+        with plugin.forward_context():
+            x = None if x is None else plugin.convert_input(x)
+            if self._stats is not None:
+                lost |= self._stats.refusals(pl_module, targets, x)
+            targets = [t for t in targets if t.key not in lost]
+            skipped |= lost | self._silent.find(pl_module, targets, x, self.transform)
+        self._shares = {t.key: self._shares[t.key] for t in targets}
+        if not targets:
             raise MisconfigurationException(
                 f"ScheduledPruning found nothing to prune with include={self.transform.include!r}:"
                 f"{reasons(skipped) or ' the module has no weights.'}"
             )
-        self.masks = self._checked_masks()
-        self._kept = sum(int(m.sum()) for m in self.masks.values())
-        if self.rewind and not self._initial:
-            self._initial = {t.key: t.weight.detach().cpu().clone() for t in self._targets}
-        self._hold(self._targets)
-        super().on_fit_start(trainer, pl_module)
-        entries = sum(t.weight.numel() for t in self._targets)
-        rank_zero_info(
-            f"ScheduledPruning: {len(self._targets)} weights with {entries:,} entries.{reasons(skipped)}"
-        )
+        return targets, skipped
 
-    def _checked_masks(self) -> dict[str, Tensor]:
-        """Masks from the checkpoint, else from an earlier compression, else everything kept."""
-        lost = self.masks.keys() - {t.key for t in self._targets}
-        if lost:
-            raise MisconfigurationException(
-                f"the checkpoint has masks for {sorted(lost)}, which this module does not train: "
-                "resume with the model and the include/exclude patterns it was written with."
-            )
-        masks = {}
-        for target in self._targets:
-            mask = self.masks.get(target.key, self.transform.present_mask(target))
-            if mask.shape != target.weight.shape:
-                raise MisconfigurationException(
-                    f"the checkpoint's mask of {target.key} has shape {tuple(mask.shape)}, its weight "
-                    f"{tuple(target.weight.shape)}: resume with the model it was written with."
-                )
-            masks[target.key] = mask.to(target.weight.device)
-        return masks
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the schedule, and at constant sparsity with the first masks."""
+        if self._regrowth is not None and self._span is None:
+            self._held.move(self._regrowth.start(pl_module, self._held.targets, self._shares), trainer)
+        super().on_train_start(trainer, pl_module)
 
-    def _owned(self, optimizer: Optimizer) -> list[Target]:
-        ids = updated_by(optimizer)
-        return [t for t in self._targets if id(t.weight) in ids]
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Listen to the layers while an update lies ahead."""
+        if self._stats is not None:
+            self._stats.listening = self._update_ahead
 
-    def _hold(self, targets: list[Target]) -> None:
-        for target in targets:
-            apply_mask_(target.weight, self.masks[target.key])
+    @property
+    def _update_ahead(self) -> bool:
+        """Whether the next update takes in what the present batch shows."""
+        return self._span is not None and self.span[0] - self.every <= self.steps < self.span[1]
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Zero the gradient of masked entries, so that clipping and the optimizer see what is used."""
-        for target in self._owned(optimizer):
-            gradient = target.weight.grad
-            if gradient is not None and not gradient.is_sparse:
-                apply_mask_(gradient, self.masks[target.key])
-
-    def counts_steps_of(self, optimizer: Optimizer) -> bool:
-        """An optimizer that updates a target."""
-        return bool(self._owned(optimizer))
+        """Take the gradients that a rule or a criterion needs, then zero those of masked entries."""
+        if self._regrowth is not None and self._span is not None and self.due(self.steps + 1):
+            self._regrowth.see(self._held.owned(optimizer))
+        if self._stats is not None and self._update_ahead:
+            self._stats.see(self._held.owned(optimizer), loss_scale(trainer, optimizer))
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     def after_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        """Hold the zeros."""
-        self._hold(self._owned(optimizer))
+        """Hold the zeros; the gradients of the step count."""
+        super().after_step(trainer, optimizer)
+        if self._stats is not None:
+            self._stats.stepped(self._held.owned(optimizer))
 
     @torch.no_grad()
     def update(self, trainer: Trainer) -> None:
-        """Recompute the masks for the present step, on rank zero for all."""
-        scores, _ = self.transform.scores(trainer.lightning_module, self._targets)
-        masks = self.transform.masks(self._targets, scores, self.masks, self._asked(self.steps))
-        if trainer.world_size > 1:
-            packed = trainer.strategy.broadcast({key: pack_bits(mask) for key, mask in masks.items()}, src=0)
-            masks = {key: unpack_bits(packed[key], mask.shape).to(mask.device) for key, mask in masks.items()}
-        self.masks = masks
-        self._kept = sum(int(m.sum()) for m in masks.values())
-        for target in self._targets if self.rewind else ():
+        """Go over to the masks of the present step: the one place where they move."""
+        if self._stats is not None:
+            self._stats.gather(trainer)
+        if self.steps or (
+            self._stats is None and self._regrowth is None
+        ):  # these look at steps that were made
+            self._held.move(self._masks_now(trainer), trainer)
+            self._silent.follow(self._held, trainer)
+        if self._stats is not None:
+            self._stats.reset()
+        for target in self._held.targets if self.rewind else ():
             target.weight.copy_(self._initial[target.key].to(target.weight.device))
-        self._hold(self._targets)
-        for optimizer in trainer.optimizers:
-            for target in self._targets:
-                for state in optimizer.state.get(target.weight, {}).values():
-                    if isinstance(state, Tensor) and state.shape == target.weight.shape:
-                        apply_mask_(state, masks[target.key])  # stale momentum would fight the mask
+        if self.rewind:
+            self.hold()
+
+    def _masks_now(self, trainer: Trainer) -> dict[str, Tensor]:
+        """What the rule says at the present step; only rank zero has the statistics, and its masks are everyone's."""
+        targets = self._held.targets
+        if self._regrowth is not None:
+            share = self.between(self._regrowth.share, 0.0)(self.steps)
+            return self._regrowth.masks(targets, self.masks, share, self.steps)
+        if self._stats is not None and not trainer.is_global_zero:
+            return self.masks
+        measured = None if self._stats is None else self._stats.stats()
+        scores, _ = self.transform.scores(trainer.lightning_module, targets, measured=measured)
+        return self.transform.masks(targets, scores, self.masks, self._asked(self.steps))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave zeros and masks on the layers, log the end state, and say when the target was not reached."""
-        for target in self._targets:
-            codes.set_mask(target.module, target.param, self.masks[target.key])
-        self.log_values(trainer, self._totals())
-        if not self.finished:
+        super().on_train_end(trainer, pl_module)
+        if not self.finished and self._regrowth is None:
             rank_zero_warn(
                 f"training stopped at optimizer step {self.steps}, before the pruning schedule ends at step "
                 f"{self.span[1]}: sparsity is {self.sparsity:.4f}, asked for was "
@@ -246,72 +280,35 @@ class ScheduledPruning(ScheduledCallback):
 
     def _release(self) -> None:
         super()._release()
-        self._targets = []
-        self.masks = {key: mask.cpu() for key, mask in self.masks.items()}
+        if self._stats is not None:
+            self._stats.stop()
 
-    # -- what averaging and saving bring back ------------------------------------------------------------------
+    def _quantities(self) -> dict[str, float]:
+        regrown = {} if self._regrowth is None else {"regrown": self._regrowth.regrown}
+        return super()._quantities() | regrown
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Averaged weights surface here: zero them too, so that what is validated is what is saved."""
-        super().on_validation_epoch_start(trainer, pl_module)
-        self._hold(self._targets)
+    # -- resume ------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """The saved weights have their zeros, also averaged ones."""
+        """The saved weights have their zeros; statistics are those of all processes."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        weights = checkpoint["state_dict"]
-        for raw in list(weights):
-            mask = self.masks.get(clean(raw))
-            if mask is not None:
-                weights[raw] = weights[raw].detach().clone()
-                apply_mask_(weights[raw], mask.to(weights[raw].device))
-
-    # -- logging -----------------------------------------------------------------------------------------------
-
-    @property
-    def logged(self) -> tuple[str, ...]:
-        """A named instance has tags of its own and leaves the model's totals to a monitor."""
-        return () if self.name else ("sparsity", "target_sparsity")
-
-    def _totals(self) -> dict[str, float]:
-        return {self._tag("sparsity"): self.sparsity, self._tag("target_sparsity"): self.target_sparsity()}
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Log the totals when Lightning logs, straight to the loggers: ``self.log`` costs more than the pruning."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if log_due(trainer):
-            self.log_values(trainer, self._totals())
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Totals as metrics that other callbacks can monitor; every layer's sparsity to the loggers."""
-        super().on_train_epoch_end(trainer, pl_module)
-        if not trainer.barebones:
-            pl_module.log_dict(self._totals(), logger=False, sync_dist=True)
-        zeros = {t.name or t.param: 1 - float(self.masks[t.key].float().mean()) for t in self._targets}
-        values = {self._tag(f"sparsity/{layer}"): share for layer, share in zeros.items()}
-        self.log_values(
-            trainer, values, step=logged_step(trainer) - 1
-        )  # where Lightning draws what belongs to an epoch
-
-    # -- resume ------------------------------------------------------------------------------------------------
+        if self._stats is not None and trainer.world_size > 1:
+            self._stats.gather(trainer)
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks (eight entries a byte), counters and the schedule: tensors, numbers, strings, lists, dicts only."""
-        return super().state_dict() | {
-            "shares": dict(self._shares),
-            "masks": {key: pack_bits(mask) for key, mask in self.masks.items()},
-            "shapes": {key: list(mask.shape) for key, mask in self.masks.items()},
-            "initial": dict(self._initial),
-        }
+        """Masks, counters, what was measured since the last update."""
+        state = super().state_dict() | {"shares": dict(self._shares), "initial": dict(self._initial)}
+        state |= {} if self._regrowth is None else {"regrowth": self._regrowth.state_dict()}
+        return state | ({} if self._stats is None else {"stats": self._stats.state_dict()})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue as if training had not been interrupted."""
         super().load_state_dict(state_dict)
-        shapes = state_dict["shapes"]
         self._shares, self._initial = dict(state_dict["shares"]), dict(state_dict["initial"])
-        self.masks = {key: unpack_bits(packed, shapes[key]) for key, packed in state_dict["masks"].items()}
-        self._kept = sum(int(m.sum()) for m in self.masks.values())
+        if self._regrowth is not None and "regrowth" in state_dict:
+            self._regrowth.load_state_dict(state_dict["regrowth"])
+        if self._stats is not None and "stats" in state_dict:
+            self._stats.load_state_dict(state_dict["stats"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -114,6 +116,53 @@ class DecoupledAttention(nn.MultiheadAttention):
         return sum(parts[1:], parts[0]) if parts else None
 
 
+def numbers(layer: nn.Module) -> dict[str, tuple[str, int]]:
+    """Where the numbers of channels that a layer of PyTorch holds, and that its operations do not show, come from.
+
+    Args:
+        layer: any module; attention layers and whole transformers have such numbers.
+
+    Returns:
+        Attribute -> name of a parameter inside the layer, and its axis.
+
+    Examples:
+        >>> numbers(nn.MultiheadAttention(4, 2))["embed_dim"]
+        ('out_proj.weight', 0)
+    """
+    if isinstance(layer, nn.MultiheadAttention):
+        joint = layer.in_proj_weight is not None
+        found = {"embed_dim": ("out_proj.weight", 0)}
+        for number, own in (("kdim", "k_proj_weight"), ("vdim", "v_proj_weight")):
+            found[number] = ("in_proj_weight" if joint else own, 1)
+        return found
+    if isinstance(layer, nn.Transformer):
+        first = next(
+            (key for key, _ in layer.named_parameters() if key.endswith("self_attn.out_proj.weight")), None
+        )
+        return {"d_model": (first, 0)} if first is not None else {}
+    return {}
+
+
+@contextmanager
+def decoupled(model: nn.Module) -> Iterator[None]:
+    """Attention layers run the code that they would have if they lost heads; afterwards they are as before.
+
+    Args:
+        model: any module.
+
+    Yields:
+        Nothing.
+    """
+    changed = [layer for layer in model.modules() if type(layer) is nn.MultiheadAttention]
+    try:
+        for layer in changed:
+            layer.__class__ = DecoupledAttention
+        yield
+    finally:
+        for layer in changed:
+            layer.__class__ = nn.MultiheadAttention
+
+
 def decouple(model: nn.Module) -> None:
     """Give attention layers whose sizes no longer follow from each other the class that allows it, in place.
 
@@ -123,6 +172,14 @@ def decouple(model: nn.Module) -> None:
     for layer in model.modules():
         if type(layer) is not nn.MultiheadAttention:
             continue
-        inner, width = layer.out_proj.weight.shape[1], layer.out_proj.weight.shape[0]
-        if inner != width or layer.embed_dim != width or layer.num_heads * layer.head_dim != width:
+        width, inner = layer.out_proj.weight.shape
+        query = layer.q_proj_weight if layer.in_proj_weight is None else layer.in_proj_weight
+        if {inner, query.shape[1], layer.embed_dim, layer.num_heads * layer.head_dim} != {width}:
             layer.__class__ = DecoupledAttention
+    for stack in model.modules():
+        if isinstance(stack, nn.TransformerEncoder) and any(
+            isinstance(m, DecoupledAttention) for m in stack.modules()
+        ):
+            stack.use_nested_tensor = (
+                False  # padded inputs would be packed for code that is not used any more
+            )

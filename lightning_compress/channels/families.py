@@ -78,14 +78,17 @@ class Channels:
         """
         lost = self._lost(gone)
         found: dict[str, dict[str, list[int]]] = {}
-        for sure in (False, True):  # what is certain is written last
-            for a in self.trace.attributes:
-                goes = int(lost[self.trace.classes[a.labels]].sum())
-                if a.sure == sure and goes:
-                    entry = [-1 if a.index is None else a.index, len(a.labels), len(a.labels) - goes]
-                    found.setdefault(a.module, {})[
-                        f"{a.name}[{a.index}]" if a.index is not None else a.name
-                    ] = entry
+        counted = [(a, int(lost[self.trace.classes[a.labels]].sum())) for a in self.trace.attributes]
+        for a, goes in sorted(
+            counted, key=lambda pair: (pair[0].sure, pair[1] > 0)
+        ):  # what is certain is written last
+            name = a.name if a.index is None else f"{a.name}[{a.index}]"
+            if goes:
+                entry = [-1 if a.index is None else a.index, len(a.labels), len(a.labels) - goes]
+                found.setdefault(a.module, {})[name] = entry
+            elif a.sure:
+                found.get(a.module, {}).pop(name, None)
+        found = {module: entries for module, entries in found.items() if entries}
         return found  # type: ignore[return-value]
 
     def macs(self, gone: Sequence[int]) -> float:

@@ -19,7 +19,7 @@ from lightning_compress.channels.labels import Ids
 from lightning_compress.cost import fft_macs
 
 if TYPE_CHECKING:
-    from lightning_compress.channels.trace import Watcher
+    from lightning_compress.channels.trace import Attribute, Watcher
 
 Rule = Callable[["Watcher", dict[str, Any], Any], None]
 _RULES: dict[str, Rule] = {}
@@ -101,8 +101,8 @@ def _alike(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
 
 
 @_for(
-    "zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full", "scalar_tensor",
-    "empty_strided", "new_empty_strided", "randint", "lift",
+    "zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full",
+    "scalar_tensor", "empty_strided", "new_empty_strided", "randint", "lift",
 )  # fmt: skip
 def _made(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     """New tensors whose entries are alike have the sizes that code gives them, which may follow; a trial tells."""
@@ -183,22 +183,41 @@ def _place(watcher: Watcher, key: str, spread: Ids, outside: list[int], axes: li
     along = {k: spread[tuple(slice(None) if j == k else 0 for j in range(spread.ndim))] for k in varying}
     moving = varying[0]
     if len(varying) > 1:
-        counts = {k: len(np.unique(along[k])) for k in varying}
-        heads = [k for k in varying if watcher.heads(np.unique(along[k]))]
-        # code that splits writes the number of parts more often than their size, and heads into an attribute
-        best = heads[-1] if heads else max(varying, key=lambda k: (len(along[k]), counts[k]))
+        best, head = _heads(watcher, along)
         moving = int(watcher.decide(key, str(best)))
-        moving = (
-            moving if moving in varying else best
-        )  # of an axis with one entry left, nothing is to be decided
+        if moving == best and head is not None:
+            watcher.attributes.append(head)
         form = [-1 if j == moving else 1 for j in range(spread.ndim)]
-        watcher.labels.equal(spread, along[moving].reshape(form))
+        watcher.labels.equal(spread, along.get(moving, spread.reshape(-1)[:1]).reshape(form))
         watcher.splits.append(np.unique(spread))
+    elif (
+        int(watcher.grouped.get(key, moving)) != moving
+    ):  # of the axis that lost entries one is left: all is of it
+        watcher.labels.equal(spread, spread.reshape(-1)[:1])
+        return
     present = axes[outside[moving]]
     if present is not None:  # two axes in one: neither can lose a channel by itself
         watcher.labels.freeze(present, f"{watcher.here} joins two of its axes")
         watcher.labels.freeze(along[moving], f"{watcher.here} joins two of its axes")
     axes[outside[moving]] = along[moving]
+
+
+def _heads(watcher: Watcher, along: dict[int, Ids]) -> tuple[int, Attribute | None]:
+    """The axis that can lose entries where one is split, and the attribute that counts them if they are heads.
+
+    Code says how many heads there are, or how many features each has, which come last; otherwise it rather says how
+    many parts it makes than how long they are.
+    """
+    *others, last = along
+    found = {k: head for k, ids in along.items() if (head := watcher.heads(np.unique(ids)))}
+    if watcher.features(len(along[last])) or any(k in found for k in others):
+        found.pop(last, None)
+        best = max(k for k in found) if found else others[-1]
+    elif found:
+        best = last
+    else:
+        best = max(along, key=lambda k: (len(along[k]), len(np.unique(along[k]))))
+    return best, found.get(best)
 
 
 @_for("permute", "movedim")
@@ -315,6 +334,8 @@ def _split(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
             rows = ids.reshape(-1, unit)
             watcher.labels.equal(rows[:1], rows)
             watcher.splits.append(rows[0])
+            if len(rows) == len(sizes):
+                watcher.sized(rows[0], hint="split")
         else:
             watcher.labels.freeze(ids, f"{watcher.here} splits it into parts of {sizes}")
     start = 0
@@ -732,6 +753,10 @@ def _attended(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     q, k, v = a["query"], a["key"], a["value"]
     out = result if isinstance(result, Tensor) else result[0]
     axes = [_joined(watcher, [q, k, v], axis - q.dim(), n) for axis, n in enumerate(out.shape[:-2])]
+    for part in (k, v):  # several heads of queries may share one of keys
+        few, many = watcher.of(part)[-3] if part.dim() > 2 else None, axes[-1] if axes else None
+        if few is not None and many is not None and len(few) < len(many):
+            watcher.labels.equal(np.repeat(few, len(many) // len(few)), many)
     depth = _agree(watcher, watcher.of(q)[-1], watcher.of(k)[-1], q.shape[-1])
     watcher.freeze(k, [k.dim() - 2], f"{watcher.here} attends over it")
     watcher.set(out, [*axes, watcher.of(q)[-2], watcher.of(v)[-1]])

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_compress.channels.attention import decoupled, numbers
 from lightning_compress.channels.labels import Ids, Labels
 from lightning_compress.channels.rules import rule_of
 from lightning_compress.names import clean
@@ -29,6 +30,13 @@ from lightning_compress.stats.running import call, first_tensor, observing
 
 AxisLabels = tuple[Ids | None, ...]
 _HEADS = re.compile(r"(num|n)?_?(attention|attn)?_?heads?$|nhead$", re.IGNORECASE)
+_FEATURES = re.compile(r"(attention_)?head_(dim|size)$|d_?(im_)?(per_)?head$|d_kv$", re.IGNORECASE)
+# Numbers that may equal a number of channels without being one.
+_OTHER = re.compile(
+    r"step|layer|depth|kernel|stride|dilat|len|iter|level|seed|epoch|time|i?d?x$|index|count|window|patch|image|"
+    r"resolution|position|vocab|class|token|batch",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,7 @@ def trace(model: nn.Module, x: Any, grouped: dict[str, str] | None = None) -> Tr
     watcher = Watcher(model, grouped or {})
     with ExitStack() as stack:
         stack.enter_context(observing(model))
+        stack.enter_context(decoupled(model))
         for name, module in model.named_modules():
             stack.callback(module.register_forward_pre_hook(watcher.enter(clean(name), module)).remove)
             stack.callback(module.register_forward_hook(watcher.leave, always_call=True).remove)
@@ -188,12 +197,12 @@ class Watcher(TorchDispatchMode):
         return tensor.untyped_storage().data_ptr() in self._storages
 
     def same(self, a: Ids | None, b: Ids | None, why: str = "") -> Ids | None:
-        """The labels of an axis that two tensors share; they stay if only one of them has any."""
+        """The labels of an axis that two tensors share; if only one of them has any, its channels stay."""
         if a is None or b is None:
             either = a if b is None else b
             if either is not None:
                 self.labels.freeze(either, why or f"{self.here} joins it with a tensor of fixed size")
-            return either
+            return None
         self.labels.equal(a, b)
         return a
 
@@ -225,22 +234,33 @@ class Watcher(TorchDispatchMode):
         if labels is not None and hasattr(module, name):
             self.attributes.append(Attribute(where, name, index, labels))
 
-    def heads(self, labels: Ids) -> bool:
-        """Whether a module that runs now has an attribute that counts so many attention heads; it is noted."""
+    def heads(self, labels: Ids) -> Attribute | None:
+        """The attribute of a module that runs now that counts so many attention heads."""
         for where, module in reversed(self.stack):
             for name, value in vars(module).items():
                 if type(value) is int and value == len(labels) and _HEADS.match(name):
-                    self.attributes.append(Attribute(where, name, None, labels))
-                    return True
-        return False
+                    return Attribute(where, name, None, labels)
+        return None
+
+    def features(self, size: int) -> bool:
+        """Whether a module that runs now has an attribute that says that an attention head has so many features."""
+        return any(
+            type(value) is int and value == size and _FEATURES.match(name)
+            for _, module in self.stack
+            for name, value in vars(module).items()
+        )
 
     def sized(self, labels: Ids, hint: str = "") -> bool:
         """Whether the module that runs now has an attribute of this value, which may be what its code uses; noted.
 
         Of several that one which is not taken yet in this call, those with the hint in their name first.
         """
+        last = self.attributes[-1:]
+        if any(_HEADS.match(a.name) and np.array_equal(np.unique(labels), a.labels) for a in last):
+            return True  # noted already
         where, module = self.stack[-1]
-        found = [name for name, value in vars(module).items() if type(value) is int and value == len(labels)]
+        held = ((name, value) for name, value in vars(module).items() if not _OTHER.search(name))
+        found = [name for name, value in held if type(value) is int and value == len(labels)]
         left = [name for name in found if name not in self._taken[-1]] or found
         if not left:
             return False
@@ -301,11 +321,28 @@ class Watcher(TorchDispatchMode):
 
     def result(self, given: Sequence[Tensor]) -> Trace:
         """What was seen."""
+        self._count_attention()
         classes = self.labels.solve()
         frozen = self.labels.frozen(classes)
         split = {int(c) for ids in self.splits for c in np.unique(classes[ids])}
         shapes = tuple(tuple(t.shape) for t in given)
         return Trace(self.axes, self.attributes, self.work, self.grouped, classes, frozen, split, shapes)
+
+    def _count_attention(self) -> None:
+        """What attention layers and transformers of PyTorch say of themselves."""
+        for name, module in self.stack[0][1].named_modules():
+            for number, (key, axis) in numbers(module).items():
+                labels = self.axes.get(f"{clean(name)}.{key}".lstrip("."), (None, None))[axis]
+                if labels is not None:
+                    self.attributes.append(Attribute(clean(name), number, None, labels))
+            if not isinstance(module, nn.MultiheadAttention):
+                continue
+            stays = self.labels.new(module.head_dim)
+            self.attributes.append(Attribute(clean(name), "head_dim", None, stays))
+            for key in ("in_proj_weight", "q_proj_weight", "k_proj_weight") if module.num_heads == 1 else ():
+                labels = self.axes.get(f"{clean(name)}.{key}".lstrip("."), (None, None))[0]
+                if labels is not None:
+                    self.labels.freeze(labels, f"{clean(name) or 'the layer'} has one head")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -150,3 +150,79 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
         )
     bits = np.unpackbits(packed.cpu().numpy(), count=n) if n else np.zeros(0, np.uint8)
     return torch.from_numpy(bits.astype(np.bool_)).view(tuple(shape))
+
+
+def nm_mask(scores: Tensor, keep: int, block: int, axis: int) -> Tensor:
+    """Mask that keeps the ``keep`` highest scores of every ``block`` consecutive ones along an axis.
+
+    Ties go as in ``topk_mask``: the first of the equal ones is dropped first.
+
+    Args:
+        scores: real tensor; the size of the axis is a multiple of ``block``.
+        keep: elements kept of each block, 0 to ``block``.
+        block: consecutive elements.
+        axis: of the blocks.
+
+    Returns:
+        Bool tensor of the same shape, True = kept.
+
+    Raises:
+        ValueError: the axis does not divide, or ``keep`` is out of range.
+
+    Examples:
+        >>> nm_mask(torch.tensor([[3.0, 1.0, 2.0, 0.0]]), 2, 4, axis=1)
+        tensor([[ True, False,  True, False]])
+
+    Source: Mishra et al. 2021, Accelerating Sparse Deep Neural Networks.
+    """
+    if not 0 <= keep <= block or block < 1 or scores.shape[axis] % block:
+        raise ValueError(
+            f"{keep} of every {block} along axis {axis} of shape {tuple(scores.shape)}: allowed is 0 to {block}, of an "
+            f"axis whose size is a multiple of {block}."
+        )
+    last = scores.movedim(axis, -1)
+    rows = row_mask(last.reshape(-1, block), block - keep, axis=0)
+    return rows.view(last.shape).movedim(-1, axis)
+
+
+def blocks(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """A tensor cut into equal blocks.
+
+    Args:
+        values: any tensor.
+        sizes: of a block along every axis; each divides that axis.
+
+    Returns:
+        [number of blocks along each axis..., elements of a block].
+
+    Raises:
+        ValueError: a size does not divide its axis.
+
+    Examples:
+        >>> blocks(torch.arange(8).view(2, 4), (2, 2)).tolist()
+        [[[0, 1, 4, 5], [2, 3, 6, 7]]]
+    """
+    if len(sizes) != values.dim() or any(n % s for n, s in zip(values.shape, sizes, strict=True)):
+        raise ValueError(f"blocks of {tuple(sizes)} do not divide shape {tuple(values.shape)}.")
+    counts = [n // s for n, s in zip(values.shape, sizes, strict=True)]
+    split = values.reshape([part for pair in zip(counts, sizes, strict=True) for part in pair])
+    return split.permute(*range(0, split.dim(), 2), *range(1, split.dim(), 2)).reshape(*counts, -1)
+
+
+def spread(mask: Tensor, sizes: Sequence[int]) -> Tensor:
+    """A mask of blocks as one of elements: every block in full size.
+
+    Args:
+        mask: bool, one entry per block.
+        sizes: of a block along every axis.
+
+    Returns:
+        Bool tensor, ``sizes`` times as large along every axis.
+
+    Examples:
+        >>> spread(torch.tensor([[True, False]]), (2, 1)).tolist()
+        [[True, False], [True, False]]
+    """
+    for axis, size in enumerate(sizes):
+        mask = mask.repeat_interleave(size, axis)
+    return mask

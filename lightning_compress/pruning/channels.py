@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from lightning_compress.plans import Plan
 from lightning_compress.pruning.criteria import Criterion, channel_scores, criterion, measure
 from lightning_compress.pruning.order import RemovalOrder
 from lightning_compress.pruning.reconstruct import can_reconstruct, reconstruct
+from lightning_compress.pruning.silence import silent
 from lightning_compress.pruning.trials import Trials
 from lightning_compress.stats import Calibration, Stats
 from lightning_compress.stats.calibration import sample_count, take_samples
@@ -157,15 +157,44 @@ class RemoveChannels(Transform):
         found, skipped, trials = self.find(model, data)
         scores, source = self.scores(model, found, data)
         gone = self.choose(model, found, scores, trials)
+        plan, _ = self.planned(model, found, skipped, gone, data, trials)
+        return dataclasses.replace(plan, data=source)
+
+    def planned(
+        self,
+        model: nn.Module,
+        found: Channels,
+        skipped: Mapping[str, str],
+        gone: Sequence[int],
+        data: Calibration | None,
+        trials: Trials,
+    ) -> tuple[Plan, list[int]]:
+        """The plan that removes chosen channels, as far as that passes.
+
+        Args:
+            model: the model they belong to.
+            found: its channels.
+            skipped: layer or parameter name -> why channels stay.
+            gone: classes that are to go.
+            data: calibration inputs, to fit weights with.
+            trials: what tries the choice out.
+
+        Returns:
+            The plan, and the classes that go by it.
+
+        Raises:
+            ValueError: with on_conflict="error", channels that cannot go.
+        """
+        reasons = dict(skipped)
         conflicts = trials.conflicts(gone)
         if conflicts:
-            skipped |= self._refused(conflicts, found)
+            reasons |= self._refused(conflicts, found)
             bad = {c for family in conflicts for c in family.classes}
             gone = [c for c in gone if c not in bad]
         lost = set(gone)
         for family in found.families:
             if not lost & set(family.classes) and family not in conflicts:
-                skipped |= {name: "none of its channels are among those that go" for name in family.makers}
+                reasons |= {name: "none of its channels are among those that go" for name in family.makers}
         keys = {t.name: t.key for t in survey(model).targets}
         shapes = {key: tuple(t.shape) for key, t in tensors_of(model).items()}
         layers = plan_entries(shapes, found.keep(gone), found.attributes(gone))
@@ -175,10 +204,10 @@ class RemoveChannels(Transform):
                 layers.setdefault(key, {})["value"] = value
         identity = not gone and (self.ratio == 0 or self.ratio == _SILENT or self.budget == ("macs", 1.0))
         named = {}
-        for name, why in skipped.items():
+        for name, why in reasons.items():
             key = keys.get(name, name)
             named[f"outputs of {key}" if key in layers else key] = why
-        return Plan(layers, named, identity=identity, data=source)
+        return Plan(layers, named, identity=identity), list(gone)
 
     def apply(self, model: nn.Module, plan: Plan) -> None:
         """Cut the tensors in place and set the numbers of their modules.
@@ -388,57 +417,6 @@ class RemoveChannels(Transform):
             for family, why in conflicts.items()
             for name in family.makers
         }
-
-
-def silent(model: nn.Module, found: Channels) -> list[int]:
-    """Channels that are zero wherever a layer makes them.
-
-    Args:
-        model: the model they belong to.
-        found: its channels.
-
-    Returns:
-        Classes; of a family that is silent as a whole, the first channel stays.
-    """
-    tensors = dict(tensors_of(model))
-    trained = {key for key, t in tensors.items() if isinstance(t, nn.Parameter)}
-    inputs = {(t.key, t.axes.in_) for t in survey(model).targets}
-    gone: list[int] = []
-    for family in found.families:
-        quiet = np.ones(len(family), bool)
-        for (key, axis), indices in family.members.items():
-            if key not in trained or (key, axis) in inputs:
-                continue
-            live = (tensors[key].detach() != 0).movedim(axis, 0)
-            live = live.reshape(len(live), -1).any(1).cpu().numpy()
-            quiet &= np.array([not live[i].any() for i in indices])
-        goes = [c for c, q in zip(family.classes, quiet, strict=True) if q]
-        gone += goes[1:] if len(goes) == len(family) else goes
-    return gone
-
-
-def silencing(model: nn.Module, found: Channels, gone: Sequence[int]) -> dict[str, Tensor]:
-    """Masks that make channels have no effect, wherever they occur in parameters.
-
-    Args:
-        model: the model they belong to.
-        found: its channels.
-        gone: classes.
-
-    Returns:
-        Full parameter name -> bool mask, True = kept, of those that lose entries.
-    """
-    masks: dict[str, Tensor] = {}
-    kept = found.keep(gone)
-    for key, tensor in tensors_of(model).items():
-        if key not in kept or not isinstance(tensor, nn.Parameter):
-            continue
-        mask = torch.ones(tensor.shape, dtype=torch.bool, device=tensor.device)
-        for axis, indices in kept[key].items():
-            lost = np.setdiff1d(np.arange(tensor.shape[axis]), indices)
-            mask.index_fill_(axis, torch.from_numpy(lost).to(tensor.device), False)
-        masks[key] = mask
-    return masks
 
 
 def _one_sample(x: Any) -> Any:

@@ -1,9 +1,7 @@
-"""Unstructured pruning: exactly so many zeros, in place, with the mask as the weight's code."""
+"""Pruning by masks: exactly so many zeros, in place, with the mask as the weight's code."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,17 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import codes
-from lightning_compress.functional.masks import count_pruned, row_mask, topk_mask
 from lightning_compress.names import lookup, matches, name_of
 from lightning_compress.plans import Plan
-from lightning_compress.pruning.criteria import Criterion, criterion
-from lightning_compress.stats import Calibration, Stats, collect
+from lightning_compress.pruning.criteria import Criterion, criterion, measure
+from lightning_compress.pruning.followers import companions, silent
+from lightning_compress.pruning.patterns import NM, Channel, Pattern, pattern
+from lightning_compress.pruning.rules import wanda
+from lightning_compress.pruning.selection import Selection
+from lightning_compress.stats import Calibration, Stats
 from lightning_compress.tables import listing
 from lightning_compress.targets import Target, locate, survey
 from lightning_compress.transform import Transform
 
 _SCOPES = ("global", "layer", "row")
 _UNITS = ("absolute", "row_mean")
+_NORMS = ("l2", "l1")
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,25 @@ class Prune(Transform):
     the k. A global ranking never mixes complex and real weights. Masked weights make the archive smaller;
     they do not make the forward pass faster.
 
+    Blocks are counted and ranked like elements. Of channels ``k = min(floor(s C + 0.5), C - 1)`` go: one of every layer
+    stays. With a channel go its bias, and gamma and beta of a BatchNorm that directly follows, so that it is silent.
+    In N:M, n of every m stay.
+
     Args:
-        sparsity: share of zeros in [0, 1), of the dense count; or a mapping from name pattern to share.
-        criterion: "magnitude", "random", or a function ``(target, stats) -> scores``, higher = keep.
+        sparsity: share of zeros in [0, 1), of the dense count; or a mapping from name pattern to share. None is 0.5, or
+            what the pattern is: ``1 - n / m``. Below that, ``floor(s m + 0.5)`` of every m go.
+        criterion: "magnitude", "taylor", "fisher", "wanda", "random", of channels also "activation",
+            "batchnorm_scale", "redundancy"; or a function ``(target, stats) -> scores``, higher = keep, or its
+            import path.
         scope: what is ranked together: "global" (all targets), "layer" (each target) or "row" (each output
-            row).
-        threshold: instead of ``sparsity``: an element goes if its score is below this, > 0.
+            row). None is "row" for "wanda" and "global" for the others.
+        pattern: where zeros may fall: "unstructured", "channel" (whole output channels), "2:4" or ``NM(2, 4)``,
+            "block:4x1" or ``Block((4, 1))``.
+        norm: "l2" or "l1": how a block or channel puts element scores together.
+        normalize: divide by the square root of the number of elements (l2), or by their number (l1).
+        normalize_layers: divide the scores of every target by their mean before a ranking over all. None does so for
+            channels.
+        threshold: instead of ``sparsity``: an element (block, channel) goes if its score is below this, > 0.
         threshold_unit: "absolute", or "row_mean" (threshold times the mean score of the output row).
         max_layer_sparsity: cap per target under scope="global", in (0, 1].
         infer_masks: take zeros that are present as an earlier mask (a sparse checkpoint from elsewhere).
@@ -57,13 +72,17 @@ class Prune(Transform):
         >>> pruned = compress(net, [Prune(sparsity=0.5)]).model
         >>> sum(int((p == 0).sum()) for p in (pruned[0].weight, pruned[2].weight))
         60
+        >>> channels = compress(net, [Prune(0.3, pattern="channel", exclude="2")]).model
+        >>> int((channels[0].weight == 0).all(dim=1).sum()), int((channels[0].bias == 0).sum())
+        (3, 3)
 
-    Source: Han et al. 2015, Learning both Weights and Connections for Efficient Neural Networks.
+    Source: Han et al. 2015, Learning both Weights and Connections for Efficient Neural Networks; of the criteria and
+    patterns at ``pruning.rules`` and ``pruning.patterns``.
     """
 
-    sparsity: float | Mapping[str, float] = 0.5
+    sparsity: float | Mapping[str, float] | None = None
     criterion: str | Criterion = "magnitude"
-    scope: str = "global"
+    scope: str | None = None
     threshold: float | None = None
     threshold_unit: str = "absolute"
     max_layer_sparsity: float = 1.0
@@ -72,6 +91,10 @@ class Prune(Transform):
     seed: int = 0
     include: str | Sequence[str] = "*"
     exclude: str | Sequence[str] = ()
+    pattern: str | Pattern = "unstructured"
+    norm: str = "l2"
+    normalize: bool = True
+    normalize_layers: bool | None = None
 
     stage: ClassVar[str] = "mask"
     refuses_after: ClassVar[Mapping[str, str]] = {
@@ -79,18 +102,16 @@ class Prune(Transform):
     }
 
     def __post_init__(self) -> None:
-        shares = self.sparsity if isinstance(self.sparsity, Mapping) else {"": self.sparsity}
-        for pattern, share in shares.items():
-            if not 0 <= share < 1:
-                where = f" for {pattern!r}" if pattern else ""
-                extra = " (1 would remove the layer): use DropLayers for that" if share == 1 else ""
-                raise ValueError(f"sparsity={share}{where}: allowed is 0 <= sparsity < 1{extra}.")
-        if self.scope not in _SCOPES:
-            raise ValueError(f"scope={self.scope!r} is unknown; allowed: {', '.join(_SCOPES)}.")
-        if self.threshold_unit not in _UNITS:
-            raise ValueError(
-                f"threshold_unit={self.threshold_unit!r} is unknown; allowed: {', '.join(_UNITS)}."
-            )
+        zeros, rule = pattern(self.pattern), criterion(self.criterion, self.seed)
+        if self.sparsity is None:
+            object.__setattr__(self, "sparsity", zeros.sparsity if isinstance(zeros, NM) else 0.5)
+        if self.scope is None and not isinstance(zeros, NM):
+            object.__setattr__(self, "scope", "row" if rule is wanda and zeros.by_row else "global")
+        self._check_shares(zeros)
+        for option, allowed in (("scope", _SCOPES), ("threshold_unit", _UNITS), ("norm", _NORMS)):
+            value = getattr(self, option)
+            if value not in allowed and not (option == "scope" and value is None):
+                raise ValueError(f"{option}={value!r} is unknown; allowed: {', '.join(allowed)}.")
         if self.threshold is not None and not self.threshold > 0:
             raise ValueError(f"threshold={self.threshold}: allowed is > 0 (None prunes by sparsity).")
         if not 0 < self.max_layer_sparsity <= 1:
@@ -99,7 +120,39 @@ class Prune(Transform):
             )
         if self.samples < 1:
             raise ValueError(f"samples={self.samples}: allowed is >= 1.")
-        criterion(self.criterion, self.seed)
+        if getattr(rule, "whole", False) and not isinstance(zeros, Channel):
+            raise ValueError(
+                f"criterion={name_of(self.criterion)!r} scores whole channels: give pattern='channel' (here "
+                f"pattern={self.pattern!r}), or another criterion."
+            )
+        self._check_pattern(zeros)
+
+    def _check_shares(self, zeros: Pattern) -> None:
+        shares = self.sparsity if isinstance(self.sparsity, Mapping) else {"": self.sparsity}
+        for name, share in shares.items():
+            where = f" for {name!r}" if name else ""
+            if share is None or not 0 <= share < 1:
+                extra = " (1 would remove the layer): use DropLayers for that" if share == 1 else ""
+                raise ValueError(f"sparsity={share}{where}: allowed is 0 <= sparsity < 1{extra}.")
+            if isinstance(zeros, NM) and share > zeros.sparsity:
+                raise ValueError(
+                    f"sparsity={share}{where}: {zeros} has {zeros.sparsity:.4g} zeros at most; leave sparsity out."
+                )
+
+    def _check_pattern(self, zeros: Pattern) -> None:
+        """Refuse options that the pattern gives no meaning to."""
+        senseless = {}
+        if isinstance(zeros, NM):
+            senseless = {"scope": self.scope, "threshold": self.threshold}
+            senseless["normalize_layers"] = self.normalize_layers or None
+        elif not zeros.by_row:
+            senseless["scope"] = self.scope if self.scope == "row" else None
+            senseless["threshold_unit"] = self.threshold_unit if self.threshold_unit != "absolute" else None
+        for option, value in senseless.items():
+            if value is not None:
+                raise ValueError(
+                    f"{option}={value!r} has no meaning with pattern={self.pattern!r}: leave it out."
+                )
 
     def plan(self, model: nn.Module, data: Calibration | None = None) -> Plan:
         """Decide which elements go; writes nothing.
@@ -117,8 +170,10 @@ class Prune(Transform):
         found = survey(model, self.include, self.exclude)
         shares, skipped = self.shares(found.targets)
         targets = [t for t in found.targets if t.key in shares]
-        old = {t.key: self.present_mask(t) for t in targets}
         scores, source = self.scores(model, targets, data)
+        skipped |= {t.key: "no BatchNorm directly follows it" for t in targets if t.key not in scores}
+        targets = [t for t in targets if t.key in scores]
+        old = {t.key: self.present_mask(t) for t in targets}
         masks = self.masks(targets, scores, old, shares)
         layers: dict[str, dict[str, Any]] = {}
         for t in targets:
@@ -127,6 +182,14 @@ class Prune(Transform):
             else:
                 layers[t.key] = {"layer": t.name, "param": t.param, "mask": masks[t.key].cpu()}
         reached = bool(targets) and all(torch.equal(masks[t.key], old[t.key]) for t in targets)
+        if isinstance(pattern(self.pattern), Channel):
+            x = None if data is None or not data.available else data.example(model)
+            for part, mask in self.silenced(model, targets, masks, x, skipped):
+                before = codes.current_mask(part)
+                mask = mask if before is None else mask & before
+                if part.key in layers:
+                    mask = mask & layers[part.key]["mask"].to(mask.device)
+                layers[part.key] = {"layer": part.name, "param": part.param, "mask": mask.cpu()}
         return Plan(layers, found.skipped | skipped, identity=reached, data=source)
 
     def apply(self, model: nn.Module, plan: Plan) -> None:
@@ -142,17 +205,18 @@ class Prune(Transform):
         todo = []
         for key, decided in plan.layers.items():
             module, weight = locate(model, decided["layer"], decided["param"])
-            if weight.shape != decided["mask"].shape:
+            mask = decided["mask"]
+            if weight.shape != mask.shape or mask.dtype != torch.bool:
                 raise ValueError(
-                    f"the mask of {key} has shape {tuple(decided['mask'].shape)}, its weight {tuple(weight.shape)}: "
-                    "apply the plan to the architecture it was made for."
+                    f"the mask of {key} has shape {tuple(mask.shape)}, its weight {tuple(weight.shape)}, and dtype "
+                    f"{mask.dtype}: apply the plan to the architecture it was made for."
                 )
-            todo.append((module, decided["param"], decided["mask"]))
+            todo.append((module, decided["param"], mask))
         for module, param, mask in todo:
             codes.set_mask(module, param, mask)
 
     def shares(self, targets: Sequence[Target]) -> tuple[dict[str, float], dict[str, str]]:
-        """The final sparsity of every target, and why some have none.
+        """The final sparsity of every target, and why some have none: no pattern of names or of zeros fits.
 
         Args:
             targets: candidate weights.
@@ -163,8 +227,11 @@ class Prune(Transform):
         Raises:
             ValueError: a pattern of ``sparsity`` fits none of them.
         """
+        zeros = pattern(self.pattern)
+        skipped = {t.key: why for t in targets if (why := zeros.refusal(t))}
         if not isinstance(self.sparsity, Mapping):
-            return {t.key: float(self.sparsity) for t in targets}, {}
+            assert self.sparsity is not None
+            return {t.key: float(self.sparsity) for t in targets if t.key not in skipped}, skipped
         used = {
             p for p in self.sparsity for t in targets if p in (t.name, t.key) or matches(p, t.name, t.key)
         }
@@ -173,8 +240,7 @@ class Prune(Transform):
             names = listing([t.name or t.key for t in targets])
             raise ValueError(f"sparsity has {unused[0]!r}, which fits no layer to prune; these are: {names}.")
         shares: dict[str, float] = {}
-        skipped: dict[str, str] = {}
-        for t in targets:
+        for t in (t for t in targets if t.key not in skipped):
             share = lookup(self.sparsity, t.name, t.key)
             if share is None:
                 skipped[t.key] = f"no pattern of sparsity={dict(self.sparsity)} fits"
@@ -183,45 +249,34 @@ class Prune(Transform):
         return shares, skipped
 
     def scores(
-        self, model: nn.Module, targets: Sequence[Target], data: Calibration | None = None
+        self,
+        model: nn.Module,
+        targets: Sequence[Target],
+        data: Calibration | None = None,
+        measured: Mapping[str, Stats] | None = None,
     ) -> tuple[dict[str, Tensor], str]:
-        """Score every target by the criterion, after measuring what it needs.
+        """Score the units of every target by the criterion, after measuring what it needs.
 
         Args:
             model: the model the targets belong to.
             targets: weights.
             data: calibration inputs, for criteria that need them.
+            measured: target key -> what the criterion needs, where it is known already.
 
         Returns:
-            Target key -> real scores, and which inputs were used ("" if none).
+            Target key -> real scores, shape of the weight (blocks: one for each, channels: [out channels]), and which
+            inputs were used ("" if none). For "batchnorm_scale", targets that no BatchNorm follows are left out.
 
         Raises:
             ValueError: scores of a wrong shape or not finite, with the layer and the count.
         """
-        rule = criterion(self.criterion, self.seed)
-        needs: Sequence[str] = getattr(rule, "needs", ())
-        measured: Mapping[str, Stats] = {}
-        source = ""
-        if needs:
-            inputs = dataclasses.replace(data or Calibration(), samples=self.samples)
-            measured, source = collect(model, targets, inputs, needs), inputs.describe(model)
-        scores = {}
-        for t in targets:
-            score = rule(t, measured.get(t.key))
-            if score.shape != t.weight.shape or score.is_complex():
-                raise ValueError(
-                    f"criterion {name_of(self.criterion)} gave {t.key} scores of shape "
-                    f"{tuple(score.shape)}, dtype {score.dtype}; "
-                    f"needed are real scores of shape {tuple(t.weight.shape)}."
-                )
-            bad = int((~score.isfinite()).sum())
-            if bad:
-                raise ValueError(
-                    f"{bad} of {score.numel()} scores of {t.key} are not finite (criterion {name_of(self.criterion)}): "
-                    "are its weights finite? Leave it out with exclude."
-                )
-            scores[t.key] = score
-        return scores, source
+        rule, zeros, source = criterion(self.criterion, self.seed), pattern(self.pattern), ""
+        if measured is None:
+            measured, source = measure(rule, model, targets, data, self.samples)
+        scaled = "norm_scale" not in getattr(rule, "needs", ())
+        known = [t for t in targets if scaled or measured[t.key].norm_scale is not None]
+        found = {t.key: zeros.scores(rule, t, measured.get(t.key), self.norm, self.normalize) for t in known}
+        return found, source
 
     def masks(
         self,
@@ -234,7 +289,7 @@ class Prune(Transform):
 
         Args:
             targets: weights.
-            scores: target key -> scores.
+            scores: target key -> scores of its units.
             old: target key -> present mask, True = kept.
             shares: target key -> share of zeros wanted.
 
@@ -244,19 +299,58 @@ class Prune(Transform):
         Raises:
             ValueError: max_layer_sparsity leaves less room than the sparsity asks for.
         """
-        ranked = {t.key: scores[t.key].masked_fill(~old[t.key], -torch.inf) for t in targets}
-        if self.threshold is not None:
-            kept = {t.key: ranked[t.key] >= self._thresholds(t, scores[t.key]) for t in targets}
-        elif self.scope == "row":
-            kept = {t.key: self._row(t, ranked[t.key], shares[t.key]) for t in targets}
-        elif self.scope == "layer":
-            kept = {
-                t.key: topk_mask([ranked[t.key]], count_pruned(shares[t.key], t.weight.numel()))[0]
-                for t in targets
-            }
-        else:
-            kept = self._global(targets, ranked, shares)
-        return {t.key: kept[t.key] & old[t.key] for t in targets}
+        zeros, layers = pattern(self.pattern), self.normalize_layers
+        if layers is None:
+            layers = isinstance(zeros, Channel) and self.scope == "global" and self.threshold is None
+        selection = Selection(
+            zeros, self.scope, self.threshold, self.threshold_unit, self.max_layer_sparsity, layers
+        )
+        alive = {t.key: zeros.units(t, old[t.key]) for t in targets}
+        kept = selection.kept(targets, scores, alive, shares)
+        return {t.key: zeros.elements(t, kept[t.key]) & old[t.key] for t in targets}
+
+    def silenced(
+        self,
+        model: nn.Module,
+        targets: Sequence[Target],
+        masks: Mapping[str, Tensor],
+        x: Any = None,
+        skipped: dict[str, str] | None = None,
+    ) -> list[tuple[Target, Tensor]]:
+        """What goes with masked channels: biases, and gamma and beta of BatchNorm layers that directly follow.
+
+        Args:
+            model: the model the targets belong to.
+            targets: weights.
+            masks: target key -> mask.
+            x: one input, to see what follows what; None reads the code.
+            skipped: takes parameter name -> why it is left alone.
+
+        Returns:
+            Parameters with their masks, each once; none for patterns other than "channel".
+        """
+        zeros = pattern(self.pattern)
+        found: dict[str, tuple[Target, Tensor]] = {}
+        if not isinstance(zeros, Channel):
+            return []
+        for key, what in companions(model, targets, x, self.exclude).items():
+            target = next(t for t in targets if t.key == key)
+            kept = zeros.units(target, masks[key])
+            if bool(kept.all()):
+                continue
+            if skipped is not None:
+                skipped |= what.skipped
+            if what.outputs:
+                warnings.warn(
+                    f"{int((~kept).sum())} of {len(kept)} outputs of the model are constant zero now ({key}): leave "
+                    f"that layer out, exclude={target.name!r}.",
+                    stacklevel=4,
+                )
+            for part in what.parts:
+                mask = silent(part, kept)
+                other = found.get(part[0].key)
+                found[part[0].key] = part[0], mask if other is None else mask & other[1]
+        return list(found.values())
 
     def present_mask(self, target: Target) -> Tensor:
         """The mask a weight has now: its code's unless stale, its zeros too with ``infer_masks``, else everything kept.
@@ -272,51 +366,3 @@ class Prune(Transform):
         if self.infer_masks:
             return (weight != 0) if mask is None else mask & (weight != 0)
         return torch.ones(weight.shape, dtype=torch.bool, device=weight.device) if mask is None else mask
-
-    def _thresholds(self, target: Target, scores: Tensor) -> Tensor | float:
-        assert self.threshold is not None
-        if self.threshold_unit == "absolute":
-            return self.threshold
-        others = [a for a in range(scores.dim()) if a != target.axes.out]
-        return self.threshold * scores.mean(dim=others, keepdim=True)
-
-    @staticmethod
-    def _row(target: Target, scores: Tensor, share: float) -> Tensor:
-        size = scores.numel() // scores.shape[target.axes.out]
-        return row_mask(scores, count_pruned(share, size), target.axes.out)
-
-    def _global(
-        self, targets: Sequence[Target], ranked: Mapping[str, Tensor], shares: Mapping[str, float]
-    ) -> dict[str, Tensor]:
-        """One ranking for each set of targets that have the same share and are alike (complex or real)."""
-        sets: dict[tuple[float, bool], list[Target]] = {}
-        for t in targets:
-            sets.setdefault((shares[t.key], t.weight.is_complex()), []).append(t)
-        kept: dict[str, Tensor] = {}
-        for (share, _), members in sets.items():
-            scores = [self._capped(ranked[t.key]) for t in members]
-            k = count_pruned(share, sum(s.numel() for s in scores))
-            room = sum(int((s < torch.inf).sum()) for s in scores)
-            if k > room:
-                raise ValueError(
-                    f"sparsity={share} asks for {k} zeros, but max_layer_sparsity="
-                    f"{self.max_layer_sparsity} allows {room}: raise it."
-                )
-            device = scores[0].device
-            for t, mask in zip(members, topk_mask([s.to(device) for s in scores], k), strict=True):
-                kept[t.key] = mask.to(t.weight.device)
-                if not bool(mask.any()):
-                    warnings.warn(
-                        f"{t.key} has no weight left: set max_layer_sparsity below 1 to keep some "
-                        f"(now {self.max_layer_sparsity}).",
-                        stacklevel=2,
-                    )
-        return kept
-
-    def _capped(self, scores: Tensor) -> Tensor:
-        """Scores in which the elements that the cap protects are out of reach."""
-        most = math.floor(self.max_layer_sparsity * scores.numel())
-        if most == scores.numel():
-            return scores
-        protected = topk_mask([scores], most)[0]
-        return scores.masked_fill(protected, torch.inf)

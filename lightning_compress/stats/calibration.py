@@ -31,6 +31,7 @@ class Calibration:
         seed: seed of drawn and shuffled inputs; the global random state is untouched.
         origin: the model as it was before any method, for the sampler "batchnorm": the present one may have
             lost its BatchNorm. None takes the present one.
+        loss: function of the model's output and a batch's labels to a scalar, for methods that look at gradients.
 
     "normal" draws N(0, 1). "grf" draws Gaussian random fields with the mean and variance of every channel of
     ``example_input``; a channel of two values becomes a thresholded field with the same share of either.
@@ -54,6 +55,7 @@ class Calibration:
     samples: int = 256
     seed: int = 0
     origin: nn.Module | None = field(default=None, compare=False, repr=False)
+    loss: Callable[[Any, Any], Tensor] | None = field(default=None, compare=False)
     # Shape and seed -> the model and what was made from it; copies by `dataclasses.replace` share it.
     _made: dict[Any, tuple[nn.Module, Tensor]] = field(
         default_factory=dict, compare=False, repr=False, kw_only=True

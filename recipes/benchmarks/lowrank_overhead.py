@@ -27,23 +27,15 @@ the Gram matrices: 2.0 ms against 0.9 for 64 x 576, 725 against 142 for 512 x 46
 
 from __future__ import annotations
 
-import copy
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import turns
 from lightning.pytorch import Callback
 from torch import nn
-from torch.utils.data import TensorDataset
 
 from lightning_compress.callbacks.regularization import LowRankRegularization
-from lightning_compress.models import resnet20
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from cifar_resnet import normalize, read
 
 STRENGTH = 1e-4
 
@@ -74,23 +66,7 @@ FITS: dict[str, Callable[[], list[Callback]]] = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = turns.options(__doc__, steps=60, batch_size=128)
-    parser.add_argument("--only", nargs="*", default=list(FITS), choices=list(FITS), help="besides plain")
-    parser.add_argument("--data", help="folder of .npz packs, as recipes/cifar_resnet.py takes it")
-    options = turns.parse(parser, argv)
-    data, net = turns.images(options.batch_size), resnet20()
-    if options.data:
-        images, labels = read(options.data, True, 8 * options.batch_size)
-        data = TensorDataset(normalize(images), labels)
-    times = turns.step_times(
-        {name: (copy.deepcopy(net), FITS[name]()) for name in FITS if name in ("plain", *options.only)},
-        data,
-        steps=options.steps,
-        warmup=options.warmup,
-        batch_size=options.batch_size,
-        threads=options.threads,
-    )
-    print(turns.table(times))
+    turns.compare_resnet20(__doc__, FITS, argv)
 
 
 if __name__ == "__main__":

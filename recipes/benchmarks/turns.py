@@ -7,11 +7,14 @@ with. A step is timed from one batch to the next: loop, forward, backward, optim
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +24,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_compress.models import resnet20
 from lightning_compress.tables import text
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from cifar_resnet import normalize, read
 
 
 class Classifier(LightningModule):
@@ -146,6 +153,33 @@ def paired(first: np.ndarray, other: np.ndarray) -> np.ndarray:
     return other[:-1] / ((first[:-1] + first[1:]) / 2)
 
 
+def passes(
+    calls: Mapping[str, Callable[[], object]],
+    runs: int,
+    *,
+    warmup: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, np.ndarray]:
+    """Milliseconds of calls that take turns: one of each, then again.
+
+    Args:
+        calls: name -> what is timed; the first is what the others are compared with, by ``paired``.
+        runs: timed calls of each.
+        warmup: first calls, which do not count.
+        clock: seconds.
+
+    Returns:
+        Name -> milliseconds of every call.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(warmup + runs):
+        for name, call in calls.items():
+            start = clock()
+            call()
+            times[name].append((clock() - start) * 1e3)
+    return {name: np.array(ms[warmup:]) for name, ms in times.items()}
+
+
 def options(description: str | None, steps: int, batch_size: int) -> argparse.ArgumentParser:
     """A parser with the options that every such benchmark has, and these defaults."""
     parser = argparse.ArgumentParser(
@@ -177,3 +211,32 @@ def table(times: Mapping[str, np.ndarray]) -> str:
         ratios = np.ones(1) if ms is plain else paired(plain, ms)
         rows.append([name, float(np.median(ms)), *(float(q) for q in np.percentile(ratios, [50, 25, 75]))])
     return text(["training step", "median ms", "ratio to plain", "lower quartile", "upper quartile"], rows)
+
+
+def compare_resnet20(
+    description: str | None, fits: Mapping[str, Callable[[], list[Callback]]], argv: list[str] | None
+) -> None:
+    """Print the table of ResNet-20 trained with other callbacks, for a benchmark that does nothing else.
+
+    Args:
+        description: the benchmark's docstring.
+        fits: name -> function that makes the callbacks; the first, "plain", always runs.
+        argv: command line; that of the process if None.
+    """
+    parser = options(description, steps=60, batch_size=128)
+    parser.add_argument("--only", nargs="*", default=list(fits), choices=list(fits), help="besides plain")
+    parser.add_argument("--data", help="folder of .npz packs, as recipes/cifar_resnet.py takes it")
+    given = parse(parser, argv)
+    data, net = images(given.batch_size), resnet20()
+    if given.data:
+        pictures, labels = read(given.data, True, 8 * given.batch_size)
+        data = TensorDataset(normalize(pictures), labels)
+    times = step_times(
+        {name: (copy.deepcopy(net), fits[name]()) for name in fits if name in ("plain", *given.only)},
+        data,
+        steps=given.steps,
+        warmup=given.warmup,
+        batch_size=given.batch_size,
+        threads=given.threads,
+    )
+    print(table(times))
