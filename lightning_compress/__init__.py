@@ -4,12 +4,14 @@ from lightning_compress import models
 from lightning_compress.archive import inspect, load, save
 from lightning_compress.batchnorm import ReestimateBatchNorm
 from lightning_compress.benchmark import benchmark
+from lightning_compress.callbacks.batchnorm import BatchNormReestimation
 from lightning_compress.callbacks.fusion import BatchNormFusion
 from lightning_compress.callbacks.monitor import CompressionMonitor
 from lightning_compress.callbacks.pruning import ScheduledPruning
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
 from lightning_compress.callbacks.regularization import LowRankRegularization
 from lightning_compress.callbacks.removal import ScheduledRemoval
+from lightning_compress.callbacks.sparsity import SparsityRegularization
 from lightning_compress.codes import Code
 from lightning_compress.compress import compress
 from lightning_compress.cost import cost
@@ -30,6 +32,7 @@ from lightning_compress.transform import NothingChangedError, Transform
 __all__ = [
     "Axes",
     "BatchNormFusion",
+    "BatchNormReestimation",
     "Code",
     "CompressionMonitor",
     "DropLayers",
@@ -54,6 +57,7 @@ __all__ = [
     "RemoveChannels",
     "ScheduledPruning",
     "ScheduledRemoval",
+    "SparsityRegularization",
     "Transform",
     "TruncateModes",
     "benchmark",

@@ -327,3 +327,80 @@ def test_as_many_heads_as_features_or_as_many_as_parts(heads: int) -> None:
     assert (small.num_heads, small.head_dim) == (heads // 2, 3)
     assert small.qkv.weight.shape == (9 * (heads // 2), 5)
     assert gap(twin(net, result.plan[0]), small, x) < 1e-5
+
+
+def test_heads_of_a_vision_transformer() -> None:
+    vision = pytest.importorskip("torchvision").models
+    net = vision.VisionTransformer(8, 4, num_layers=2, num_heads=4, hidden_dim=16, mlp_dim=24, num_classes=3)
+    nn.init.normal_(net.heads.head.weight)  # it starts at zero
+    net, x = trained(net), torch.randn(2, 3, 8, 8)
+    result = compress(net, [RemoveChannels(0.5, include=["*.self_attention", "*.mlp.0"])], example_input=x)
+    assert gap(twin(net, result.plan[0]), result.model, x) < 1e-5
+    sizes = shapes(result.model)
+    assert sizes["encoder.layers.encoder_layer_1.self_attention.in_proj_weight"] == (24, 16)
+    assert sizes["encoder.layers.encoder_layer_1.mlp.3.weight"] == (16, 12)
+    whole = compress(net, [RemoveChannels(0.5)], example_input=x).model
+    assert shapes(whole)["class_token"] == (1, 1, 8)
+    assert shapes(whole)["encoder.pos_embedding"] == (1, 5, 8)
+    assert whole.hidden_dim == 8
+    whole.train()(x).sum().backward()
+
+
+def hugging_face(name: str) -> tuple[nn.Module, dict[str, Tensor], list[str], list[str]]:
+    """A small network of the library, an input, patterns of layers that make heads and of those that make neurons."""
+    library = pytest.importorskip("transformers")
+    words = torch.randint(3, 40, (2, 6))
+    small = {"vocab_size": 40, "attn_implementation": name.rpartition(" ")[2], "use_cache": False}
+    kind = name.partition(" ")[0]
+    if kind == "bert":
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+        core = library.BertModel(library.BertConfig(**small, **sizes), add_pooling_layer=False)
+        return core, {"input_ids": words}, ["*.query"], ["*.intermediate.dense"]
+    if kind == "gpt2":
+        lc.register("transformers.pytorch_utils.Conv1D", lc.Axes(out=1, in_=0))
+        ends = {"bos_token_id": 1, "eos_token_id": 2}
+        core = library.GPT2Model(
+            library.GPT2Config(**small, **ends, n_embd=32, n_layer=2, n_head=4, n_positions=9)
+        )
+        return core, {"input_ids": words}, ["*.c_attn"], ["*.c_fc"]
+    if kind.startswith("llama"):
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+        config = library.LlamaConfig(**small, **sizes, num_key_value_heads=int(kind[-1]))
+        return library.LlamaModel(config), {"input_ids": words}, ["*.q_proj"], ["*.gate_proj"]
+    heads = {f"{side}_{what}": n for side in ("encoder", "decoder")
+             for what, n in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 24))}  # fmt: skip
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    sizes = {"d_model": 32, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 9}
+    core = library.WhisperModel(library.WhisperConfig(**small, **heads, **ends, **sizes))
+    x = {"input_features": torch.randn(2, 8, 20), "decoder_input_ids": words}
+    return core, x, ["*.self_attn.q_proj", "*.encoder_attn.q_proj"], ["*.fc1"]
+
+
+FOREIGN = [
+    f"{kind} {code}"
+    for kind in ("bert", "gpt2", "llama-4", "llama-2", "whisper")
+    for code in ("eager", "sdpa")
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FOREIGN)
+def test_networks_of_another_library(name: str) -> None:
+    core, x, heads, neurons = hugging_face(name)
+    net = trained(
+        Net(lambda net, **x: net.head(net.core(**x).last_hidden_state), core=core, head=nn.Linear(32, 3))
+    )
+    for patterns in (heads, neurons):
+        result = compress(net, [RemoveChannels(0.5, include=patterns)], example_input=x)
+        assert gap(twin(net, result.plan[0]), result.model, x) < 1e-5
+        cut = [
+            key for key, entry in result.plan[0].layers.items() if "keep" in entry and "0" in entry["keep"]
+        ]
+        assert cut
+        assert result.after.macs < result.before.macs
+    result = compress(net, [RemoveChannels(0.5)], example_input=x)
+    assert result.after.macs < 0.4 * result.before.macs
+    assert result.plan[0].skipped.keys() <= {"outputs of head.weight"}
+    found = channels_of(result.model, x)
+    assert found.macs([]) == pytest.approx(result.after.macs)
+    result.model.train()(**x).sum().backward()

@@ -310,3 +310,32 @@ def test_what_is_missing_is_named():
     quantized = lc.compress(mlp(), [lc.Quantize(4)]).model
     with pytest.raises(lc.transform.OrderError, match="remove channels first"):
         run(quantized)
+
+
+@pytest.mark.parametrize("name", ["FNO", "TFNO"])
+def test_neural_operators(name, tmp_path):
+    models = pytest.importorskip("neuralop.models")
+    options = {"n_modes": (6, 6), "in_channels": 1, "out_channels": 1, "hidden_channels": 8, "n_layers": 2}
+    options |= {"rank": 0.5} if name == "TFNO" else {}
+    torch.manual_seed(0)
+    net, x = getattr(models, name)(**options).eval(), torch.randn(2, 1, 16, 16)
+    transform, inputs = lc.RemoveChannels(0.5), Calibration(example_input=x)
+    found, _, trials = transform.find(net, inputs)
+    scores, _ = transform.scores(net, found, inputs)
+    gone = transform.choose(net, found, scores, trials)
+    twin = copy.deepcopy(net)
+    parameters = dict(twin.named_parameters())
+    for key, mask in silencing(net, found, gone).items():
+        parameters[key].data.masked_fill_(~mask, 0)
+    result = run(net, x, ratio=0.5)
+    small = result.model
+    assert torch.allclose(small(x), twin(x), atol=1e-5)
+    assert (
+        tuple(small.fno_blocks.convs[0].weight.shape)[:2] == (4, 4)
+        and small.fno_blocks.convs[0].out_channels == 4
+    )
+    assert small(torch.randn(1, 1, 20, 24)).shape == (1, 1, 20, 24)
+    assert result.after.macs < 0.6 * result.before.macs
+    before = copy.deepcopy(net)
+    lc.save(small, tmp_path / "net.lcz")
+    assert torch.equal(lc.load(tmp_path / "net.lcz", into=before)(x), small(x))

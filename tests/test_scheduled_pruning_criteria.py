@@ -51,6 +51,20 @@ class Seen(pl.Callback):
         self.weights.append({t.key: t.weight.detach().double().clone().numpy() for t in lc.find(pl_module)})
 
 
+def recorded(prune):
+    """What was measured, at every update: target -> field -> value."""
+    found, update = [], prune.update
+
+    def recording(trainer):
+        if prune._stats is not None:
+            stats = prune._stats.stats()
+            found.append({key: {f: getattr(s, f) for f in prune._stats.needs} for key, s in stats.items()})
+        update(trainer)
+
+    prune.update = recording
+    return found
+
+
 class SGD(Lit):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -66,23 +80,26 @@ def lowest(scores, k):
 def test_taylor_is_the_mean_over_the_steps_since_the_last_update():
     options = {**ONCE, "begin": 1, "schedule": "linear"}  # at step 1 the sparsity is still 0
     prune = lc.ScheduledPruning(sparsity=0.5, criterion="taylor", scope="layer", **options)
-    seen = Seen(prune)
+    seen, measured = Seen(prune), recorded(prune)
     trainer(seen, prune).fit(SGD(), loader())
     for key in KEYS:
         scores = np.mean([p[key] ** 2 for p in seen.products[1:5]], axis=0)
+        np.testing.assert_allclose(measured[1][key]["taylor"].numpy(), scores, rtol=1e-5)
         assert np.array_equal(seen.masks[4][key].numpy(), lowest(scores, scores.size // 2)), key
         assert seen.masks[3][key].all() and torch.equal(seen.masks[4][key], seen.masks[-1][key])
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_wanda_takes_all_inputs_since_the_last_update(accumulate):
-    prune = lc.ScheduledPruning(sparsity=0.5, criterion="wanda", **ONCE)
-    seen = Seen(prune)
+    options = {**ONCE, "begin": 1, "schedule": "linear"}  # at step 1 the sparsity is still 0
+    prune = lc.ScheduledPruning(sparsity=0.5, criterion="wanda", **options)
+    seen, measured = Seen(prune), recorded(prune)
     t = trainer(seen, prune, accumulate_grad_batches=accumulate)
     t.fit(SGD(), loader(32 * accumulate))
     last = 5 * accumulate - 1
     for key, rows in (("net.0.weight", 16), ("net.2.weight", 3)):
         x = torch.cat(seen.inputs[key][accumulate : 5 * accumulate]).double()
+        torch.testing.assert_close(measured[1][key]["input_norm"][0], x.square().sum(0).sqrt().float())
         weight = torch.from_numpy(seen.weights[last][key])
         prune_free = np.abs(undone(seen, key, last, weight.numpy()))
         scores = prune_free * x.square().sum(0).sqrt().numpy()
@@ -174,15 +191,13 @@ def test_gradients_of_skipped_steps_do_not_count_and_scales_are_taken_out():
     found = []
     for lit, data in ((Fused(), loader()), (SGD(), taken)):
         prune = lc.ScheduledPruning(sparsity=0.5, criterion="taylor", begin=4, end=4, unit="step", every=4)
-        scores, update = {}, prune.update
-        prune.update = lambda t, p=prune, s=scores, u=update: (s.update(p._stats.stats()), u(t))
+        found.append(recorded(prune))
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         plugins = [MixedPrecision("16-mixed", "cpu", scaler)] if isinstance(lit, Fused) else []
         trainer(prune, plugins=plugins).fit(lit, data)
-        found.append((scores, prune.masks))
     assert found[0][0].keys() == set(KEYS)
     for key in KEYS:
-        a, b = (scores[key].taylor for scores, _ in found)
+        a, b = (measured[0][key]["taylor"] for measured in found)
         torch.testing.assert_close(a, b, rtol=0.1, atol=float(b.max()) * 0.05)  # half precision
 
 
@@ -334,9 +349,9 @@ def test_resume_in_the_middle_of_a_window_equals_the_uninterrupted_run(tmp_path,
         prune = lc.ScheduledPruning(
             sparsity=0.5, begin=1, end=13, unit="step", every=4, exclude="net.7", **options
         )
-        lit = Images()
+        lit, measured = Images(), recorded(prune)
         trainer(prune, saving(folder), *callbacks).fit(lit, Resumable(images()), ckpt_path=ckpt)
-        return {"masks": prune.masks, "weights": dict(lit.state_dict())}
+        return {"masks": prune.masks, "weights": dict(lit.state_dict()), "at 9 and 13": measured[-2:]}
 
     whole = run(tmp_path / "whole")
     with pytest.raises(RuntimeError, match="power cut"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -27,7 +28,7 @@ from lightning_compress.channels.trace import tensors_of
 from lightning_compress.compress import compress
 from lightning_compress.functional.masks import count_pruned
 from lightning_compress.names import clean
-from lightning_compress.plans import from_json, to_json
+from lightning_compress.plans import Plan, from_json, to_json
 from lightning_compress.pruning.channels import RemoveChannels
 from lightning_compress.pruning.silence import silencing
 from lightning_compress.stats import Calibration
@@ -272,10 +273,11 @@ class ScheduledRemoval(ScheduledCallback):
             plan = from_json(layers)
             before = digests(part)
             cut_everywhere(trainer, part, clean(self.attribute or ""), plan.layers)
+            name, plan = _localized(plan)
             step = Step("RemoveChannels", self.transform.config(), plan, measured(before, part, plan.skipped))
-            record(part, step)
+            record(part.get_submodule(name), step)
             for copy in averages_of(trainer).values():
-                record(copy.get_submodule(self.attribute or ""), step)
+                record(copy.get_submodule(self.attribute or "").get_submodule(name), step)
             for callback in callbacks_of(trainer):
                 if hasattr(callback, "_structure"):
                     callback._structure = structural(pl_module)  # for checkpoints written from now on
@@ -403,3 +405,15 @@ class ScheduledRemoval(ScheduledCallback):
 def _shapes(part: nn.Module) -> dict[str, tuple[int, ...]]:
     """Parameter name -> shape."""
     return {key: tuple(t.shape) for key, t in tensors_of(part).items() if isinstance(t, nn.Parameter)}
+
+
+def _localized(plan: Plan) -> tuple[str, Plan]:
+    """The innermost module that holds all that is cut, and the plan for it: so it can be saved by itself."""
+    owners = [key.removesuffix("()").split(".")[: None if key.endswith("()") else -1] for key in plan.layers]
+    shared = os.path.commonprefix(owners)  # noqa: RUF071 (lists are compared item by item)
+    start = len(".".join(shared)) + 1 if shared else 0
+    layers = {
+        ("()" if key.endswith("()") and len(key) < start + 2 else key[start:]): e
+        for key, e in plan.layers.items()
+    }
+    return ".".join(shared), dataclasses.replace(plan, layers=layers)

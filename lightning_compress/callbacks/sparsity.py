@@ -140,9 +140,7 @@ class SparsityRegularization(PenalizingCallback):
                 f"kind='growing' with schedule={schedule!r}, strength={strength}: it grows from strength up to "
                 f"ceiling={self.growth.ceiling} by itself; allowed is schedule='constant' and strength <= ceiling."
             )
-        self._pushed: dict[
-            str, Tensor
-        ] = {}  # parameter name -> packed mask of the groups that growing is to empty
+        self._pushed: dict[str, Tensor] = {}  # parameter -> packed mask of what growing is to empty
         self._forget()
 
     def _rule(self) -> Callable[..., Any]:

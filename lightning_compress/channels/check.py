@@ -47,18 +47,20 @@ def fault(model: nn.Module, x: Any, before: Trace, kept: Keep) -> str:
 def _crossed(before: Trace, now: Trace, kept: Keep) -> str:
     """A tensor with a channel that now belongs together with another than before."""
     partner = np.full(len(now.classes), -1)
-    owner: dict[int, str] = {}
+    owner: dict[int, tuple[str, bool]] = {}
     for key, axes in now.axes.items():
         for axis, ids in enumerate(axes):
             old = before.axes[key][axis]
             if ids is None or old is None:
                 continue
-            was = before.classes[old[kept[key][axis]] if axis in kept.get(key, {}) else old]
+            whole = axis not in kept.get(key, {})
+            was = before.classes[old if whole else old[kept[key][axis]]]
             for new_class, old_class in zip(now.classes[ids].tolist(), was.tolist(), strict=True):
-                if partner[new_class] not in (-1, old_class):
-                    return f"{key} and {owner[new_class]}"
+                fixed = whole and old_class in before.frozen  # as before, in whatever order it is computed with
+                if partner[new_class] not in (-1, old_class) and not (fixed and owner[new_class][1]):
+                    return f"{key} and {owner[new_class][0]}"
                 partner[new_class] = old_class
-                owner[new_class] = key
+                owner[new_class] = key, fixed
     return ""
 
 

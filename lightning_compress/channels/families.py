@@ -20,7 +20,7 @@ class Family:
     """Channels that live in the same places, such as the outputs of one layer.
 
     Args:
-        name: of the first layer that makes them.
+        name: of the first layer that makes them; with #2 and so on if it makes others too.
         makers: names of all layers that make them.
         classes: class of each channel in the trace; a channel of a family is whatever must go together (an attention
             head, the same channel of several layers).
@@ -163,7 +163,9 @@ def find_channels(seen: Trace, targets: Sequence[Target]) -> Channels:
     for spots, values in alike.items():
         makers = tuple(dict.fromkeys(made[spot] for spot in spots if spot in made))
         members = {spot: tuple(places[v][spot] for v in values) for spot in spots}
-        families.append(Family(makers[0], makers, tuple(values), members))
+        again = sum(f.makers[0] == makers[0] for f in families)
+        name = f"{makers[0]}#{again + 1}" if again else makers[0]
+        families.append(Family(name, makers, tuple(values), members))
     fixed = {}
     for target in targets:
         labels = seen.axes.get(target.key, ())
@@ -172,5 +174,5 @@ def find_channels(seen: Trace, targets: Sequence[Target]) -> Channels:
         if all(c in seen.frozen for c in stays):
             fixed[target.key] = seen.frozen[stays[0]] if stays else "it has one output"
     order = {t.name or t.key: i for i, t in enumerate(targets)}
-    families.sort(key=lambda f: order[f.name])
+    families.sort(key=lambda f: order[f.makers[0]])
     return Channels(families, fixed, seen)

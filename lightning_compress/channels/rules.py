@@ -183,18 +183,19 @@ def _place(watcher: Watcher, key: str, spread: Ids, outside: list[int], axes: li
     along = {k: spread[tuple(slice(None) if j == k else 0 for j in range(spread.ndim))] for k in varying}
     moving = varying[0]
     if len(varying) > 1:
-        best, head = _heads(watcher, along)
-        moving = int(watcher.decide(key, str(best)))
-        if moving == best and head is not None:
+        moving, head = _heads(watcher, along)
+        if head is not None:
             watcher.attributes.append(head)
-        form = [-1 if j == moving else 1 for j in range(spread.ndim)]
-        watcher.labels.equal(spread, along.get(moving, spread.reshape(-1)[:1]).reshape(form))
-        watcher.splits.append(np.unique(spread))
-    elif (
-        int(watcher.grouped.get(key, moving)) != moving
-    ):  # of the axis that lost entries one is left: all is of it
+        moving = int(watcher.decide(key, str(moving)))
+    elif key in watcher.grouped:
+        moving = int(watcher.grouped[key])
+    if moving not in along:  # of the axis that lost entries one is left: all of them are of that one
         watcher.labels.equal(spread, spread.reshape(-1)[:1])
         return
+    if len(varying) > 1:
+        form = [-1 if j == moving else 1 for j in range(spread.ndim)]
+        watcher.labels.equal(spread, along[moving].reshape(form))
+        watcher.splits.append(np.unique(spread))
     present = axes[outside[moving]]
     if present is not None:  # two axes in one: neither can lose a channel by itself
         watcher.labels.freeze(present, f"{watcher.here} joins two of its axes")

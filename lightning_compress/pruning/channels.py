@@ -386,6 +386,8 @@ class RemoveChannels(Transform):
         """
         if not isinstance(self.ratio, Mapping):
             return float(self.ratio)
+        if family.name in self.ratio:
+            return float(self.ratio[family.name])
         found = [lookup(self.ratio, name, name) for name in family.makers]
         return max((float(s) for s in found if s is not None), default=0.0)
 

@@ -37,7 +37,11 @@ def build(name: str) -> nn.Module:
         options["image_size"] = 4 * int(name.split("_")[-1])
     if name in ("googlenet", "inception_v3"):
         options["init_weights"] = False  # what it draws takes minutes
-    return models.get_model(name, weights=None, num_classes=10, **options).eval()
+    model = models.get_model(name, weights=None, num_classes=10, **options)
+    for parameter in model.parameters():  # some heads start at zero, and would hide everything
+        if parameter.dim() > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return model.eval()
 
 
 def images(name: str, model: nn.Module, size: int) -> Tensor:
