@@ -24,15 +24,18 @@ from lightning_compress.pruning.channels import RemoveChannels
 from lightning_compress.pruning.fourier import PartialFourier
 from lightning_compress.pruning.layers import DropLayers
 from lightning_compress.pruning.modes import TruncateModes
+from lightning_compress.pruning.patterns import NM, Block
 from lightning_compress.pruning.sparsify import Prune
 from lightning_compress.quantization import Log2, MiniFloat, PerChannel, PerGroup, PerTensor, Quantize
 from lightning_compress.targets import Axes, find, register
 from lightning_compress.transform import NothingChangedError, Transform
 
 __all__ = [
+    "NM",
     "Axes",
     "BatchNormFusion",
     "BatchNormReestimation",
+    "Block",
     "Code",
     "CompressionMonitor",
     "DropLayers",

@@ -1,6 +1,7 @@
 """Every transform runs through the same contracts; a new method adds one row to ``CASES``."""
 
 import copy
+import dataclasses
 import functools
 import json
 import pickle
@@ -77,6 +78,12 @@ CASES = [
         _OPERATORS,
     ),
     Case(tuple(lc.Factorize(budget=("params", share)) for share in (0.95, 0.9)), None, {"budget": "params"}),
+    Case((lc.Prune(pattern="2:4"),), lc.Prune(0.0, pattern="2:4"), {"pattern": "2:4"}, ("net",)),
+    dataclasses.replace(prune(pattern="channel"), kinds=("net",)),
+    dataclasses.replace(prune(pattern="channel", criterion="fisher", scope="layer"), kinds=("net",)),
+    dataclasses.replace(prune(pattern="block:2x1"), kinds=("net",)),
+    dataclasses.replace(prune(criterion="taylor"), kinds=("net",)),
+    dataclasses.replace(prune(criterion="wanda"), kinds=("net",)),
     Case(tuple(lc.RemoveChannels(r) for r in (0.25, 0.5, 0.75)), lc.RemoveChannels(0.0), None, ("net",)),
     Case((lc.RemoveChannels(0.5, reconstruct=True, samples=32),), None, {"reconstruct": True}, ("net",)),
     Case((ReestimateBatchNorm(samples=32),), ReestimateBatchNorm(momentum=0.0)),
