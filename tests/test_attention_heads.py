@@ -177,11 +177,26 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, list[str]]] = {
     "alone": (alone, 1, ["core"]),
     "alone, other sizes": (lambda: alone(kdim=6, vdim=10, add_bias_kv=True, add_zero_attn=True), 1, ["core"]),
     "encoder": (encoder, 1, ["core.layers.0.self_attn", "core.layers.1.self_attn"]),
-    "encoder, norm first": (lambda: encoder(norm_first=True), 1, ["core.layers.0.self_attn", "core.layers.1.self_attn"]),
-    "decoder": (decoder, 2, [f"core.layers.{i}.{kind}" for i in (0, 1) for kind in ("self_attn", "multihead_attn")]),
-    "both": (both, 2, ["core.encoder.layers.0.self_attn", "core.decoder.layers.0.self_attn",
-                       "core.decoder.layers.0.multihead_attn"]),
-}  # fmt: skip
+    "encoder, norm first": (
+        lambda: encoder(norm_first=True),
+        1,
+        ["core.layers.0.self_attn", "core.layers.1.self_attn"],
+    ),
+    "decoder": (
+        decoder,
+        2,
+        [f"core.layers.{i}.{kind}" for i in (0, 1) for kind in ("self_attn", "multihead_attn")],
+    ),
+    "both": (
+        both,
+        2,
+        [
+            "core.encoder.layers.0.self_attn",
+            "core.decoder.layers.0.self_attn",
+            "core.decoder.layers.0.multihead_attn",
+        ],
+    ),
+}
 
 
 @pytest.fixture(params=NETWORKS)
@@ -225,6 +240,20 @@ def test_heads_alone_go_as_if_their_slices_were_zero(network: Any) -> None:
         for m in result.model.modules()
         if isinstance(m, nn.MultiheadAttention)
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 10}], ids=str)
+def test_inputs_of_an_attention_layer_go_and_its_outputs_stay(options: dict[str, int]) -> None:
+    net, x = trained(alone(**options)), torch.randn(2, 5, 3)
+    result = compress(net, [RemoveChannels(0.5, include=["a", "k", "v"])], example_input=x)
+    core = result.model.core
+    assert (core.num_heads, core.embed_dim, core.kdim, core.vdim) == (
+        4,
+        16,
+        net.core.kdim // 2,
+        net.core.vdim // 2,
+    )
+    assert gap(twin(net, result.plan[0]), result.model, x) < 1e-5
 
 
 def test_neurons_alone_go_as_if_they_were_zero(network: Any) -> None:

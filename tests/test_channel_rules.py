@@ -2,15 +2,21 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from test_channels import Net, check_numbers, conv, gap, twin
 from torch import Tensor, nn
 
+from lightning_compress.channels.labels import Labels
 from lightning_compress.compress import compress
 from lightning_compress.pruning.channels import RemoveChannels
 from lightning_compress.transform import NothingChangedError
+
+components = pytest.importorskip("scipy.sparse.csgraph").connected_components
 
 MODULES = [
     nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.LeakyReLU(), nn.ELU(), nn.SELU(), nn.CELU(), nn.GELU(), nn.SiLU(),
@@ -141,10 +147,19 @@ def consumer(between: Callable[[Tensor], Tensor], x: Tensor) -> nn.Module:
 
 
 FIXED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "literal view": (lambda x: x.view(-1, 8, 16).mean(2), "its forward pass fails: RuntimeError: shape '[-1, 8, 16]' is invalid"),
-    "literal flat view": (lambda x: x.view(-1, 128), "its forward pass fails: RuntimeError: shape '[-1, 128]' is invalid"),
+    "literal view": (
+        lambda x: x.view(-1, 8, 16).mean(2),
+        "its forward pass fails: RuntimeError: shape '[-1, 8, 16]' is invalid",
+    ),
+    "literal flat view": (
+        lambda x: x.view(-1, 128),
+        "its forward pass fails: RuntimeError: shape '[-1, 128]' is invalid",
+    ),
     "literal split": (lambda x: torch.cat(x.split(4, 1)[::-1], 1), "would meet others"),
-    "literal zeros": (lambda x: x + torch.zeros(8, 1, 1), "its forward pass fails: RuntimeError: The size of tensor a"),
+    "literal zeros": (
+        lambda x: x + torch.zeros(8, 1, 1),
+        "its forward pass fails: RuntimeError: The size of tensor a",
+    ),
     "parts of different sizes": (lambda x: x.split([3, 5], 1)[0], "splits it into parts of [3, 5]"),
     "tensor_split": (lambda x: x.tensor_split(2, 1)[0], "takes a range of its entries by number"),
     "first channels": (lambda x: x[:, :4], "takes a range of its entries by number"),
@@ -154,23 +169,38 @@ FIXED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "unbind": (lambda x: torch.stack(x.unbind(1), 1), "takes its entries one by one"),
     "indexed": (lambda x: x[:, torch.arange(7, -1, -1)], "takes entries by number"),
     "index_select": (lambda x: x.index_select(1, torch.tensor([0, 3])), "takes entries by number"),
-    "written": (lambda x: torch.index_fill(x, 1, torch.tensor([1]), 0.0), "index_fill, whose channels are not followed"),
+    "written": (
+        lambda x: torch.index_fill(x, 1, torch.tensor([1]), 0.0),
+        "index_fill, whose channels are not followed",
+    ),
     "rolled": (lambda x: x.roll(1, 1), "uses the order of its entries"),
     "flipped": (lambda x: x.flip(1), "uses the order of its entries"),
     "cumsum": (lambda x: x.cumsum(1), "uses the order of its entries"),
     "sorted": (lambda x: x.sort(1).values, "uses the order of its entries"),
     "argmax": (lambda x: x * x.argmax(1, keepdim=True), "numbers its entries"),
     "topk": (lambda x: x.topk(4, 1).values, "numbers its entries"),
-    "numbered": (lambda x: x * torch.arange(x.shape[1])[:, None, None], "joins it with a tensor of fixed size"),
+    "numbered": (
+        lambda x: x * torch.arange(x.shape[1])[:, None, None],
+        "joins it with a tensor of fixed size",
+    ),
     "neighbours": (nn.LocalResponseNorm(3), "moves over it"),
     "transform": (lambda x: torch.fft.rfft(x, dim=1).abs(), "takes the Fourier transform along it"),
     "convolved": (lambda x: F.conv1d(x.flatten(2).transpose(1, 2), torch.ones(2, 16, 3)), "moves over it"),
-    "scale from the number": (lambda x: F.scaled_dot_product_attention(*[x.flatten(2).mT] * 3), "root of their number"),
-    "gather": (lambda x: x.gather(1, torch.zeros(len(x), 8, 4, 4, dtype=torch.long)), "gather, whose channels are not followed"),
-    "memory": (lambda x: x.contiguous().as_strided((len(x), 64), (128, 1)), "reads its memory in another order"),
+    "scale from the number": (
+        lambda x: F.scaled_dot_product_attention(*[x.flatten(2).mT] * 3),
+        "root of their number",
+    ),
+    "gather": (
+        lambda x: x.gather(1, torch.zeros(len(x), 8, 4, 4, dtype=torch.long)),
+        "gather, whose channels are not followed",
+    ),
+    "memory": (
+        lambda x: x.contiguous().as_strided((len(x), 64), (128, 1)),
+        "reads its memory in another order",
+    ),
     "mask": (lambda x: x[:, torch.ones(8, dtype=torch.bool)], "takes entries by number"),
     "repeated": (lambda x: x.repeat_interleave(torch.full((8,), 2), 1), "takes entries by number"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FIXED)
@@ -195,3 +225,22 @@ def test_padded_channels_stay_and_the_others_go() -> None:
     assert len(kept) == 7
     assert {0, 9, 10} < set(kept)
     assert gap(twin(net, result.plan[0]), result.model, x) < 1e-5
+
+
+PAIRS = st.lists(st.tuples(st.integers(0, 19), st.integers(0, 19)), max_size=30)
+
+
+@given(PAIRS, st.lists(st.integers(0, 19), max_size=3))
+def test_classes_are_the_connected_parts_of_a_graph(pairs: list[tuple[int, int]], stay: list[int]) -> None:
+    labels = Labels()
+    ids = labels.new(20)
+    for a, b in pairs:
+        labels.equal(ids[[a]], ids[[b]])
+    labels.freeze(ids[stay], "why")
+    edges = np.zeros((20, 20))
+    for a, b in pairs:
+        edges[a, b] = 1
+    _, expected = components(edges, directed=False)
+    classes = labels.solve()
+    assert all(classes[i] == np.flatnonzero(expected == expected[i])[0] for i in range(20))
+    assert labels.frozen(classes) == {int(classes[i]): "why" for i in stay}

@@ -176,8 +176,8 @@ def few_groups() -> nn.Module:
 
 
 def upward() -> nn.Module:
-    return nn.Sequential(nn.ConvTranspose2d(3, 8, 2, 2), nn.ReLU(), nn.ConvTranspose2d(8, 12, 2, 2, groups=2), nn.ReLU(),
-                         nn.ConvTranspose2d(12, 12, 3, groups=12), conv(12, 4))  # fmt: skip
+    parts = [nn.ConvTranspose2d(3, 8, 2, 2), nn.ReLU(), nn.ConvTranspose2d(8, 12, 2, 2, groups=2), nn.ReLU()]
+    return nn.Sequential(*parts, nn.ConvTranspose2d(12, 24, 3, groups=12), conv(24, 4))
 
 
 def excited() -> nn.Module:
@@ -292,48 +292,114 @@ def prelu() -> nn.Module:
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, tuple[int, ...]]]] = {
     "mlp": (mlp, (5, 4), {"0.weight": (4, 4), "2.weight": (3, 4), "4.weight": (3, 3), "2.bias": (3,)}),
-    "chain": (chain, (2, 3, 8, 8), {"0.weight": (4, 3, 3, 3), "1.bias": (4,), "4.weight": (6, 4, 3, 3), "9.weight": (5, 24)}),
+    "chain": (
+        chain,
+        (2, 3, 8, 8),
+        {"0.weight": (4, 3, 3, 3), "1.bias": (4,), "4.weight": (6, 4, 3, 3), "9.weight": (5, 24)},
+    ),
     "residual": (
         residual,
         (2, 3, 8, 8),
-        {"stem.weight": (4, 3, 3, 3), "a.weight": (3, 4, 3, 3), "b.weight": (4, 3, 3, 3), "b.bias": (4,),
-         "project.weight": (6, 4, 1, 1), "d.weight": (6, 5, 3, 3), "head.weight": (4, 6)},
+        {
+            "stem.weight": (4, 3, 3, 3),
+            "a.weight": (3, 4, 3, 3),
+            "b.weight": (4, 3, 3, 3),
+            "b.bias": (4,),
+            "project.weight": (6, 4, 1, 1),
+            "d.weight": (6, 5, 3, 3),
+            "head.weight": (4, 6),
+        },
     ),
     "padded": (
         padded,
         (2, 3, 8, 8),
-        {"conv1.weight": (8, 3, 3, 3), "layer2.0.conv1.weight": (16, 8, 3, 3), "layer3.0.conv2.weight": (32, 32, 3, 3), "linear.weight": (10, 32)},
+        {
+            "conv1.weight": (8, 3, 3, 3),
+            "layer2.0.conv1.weight": (16, 8, 3, 3),
+            "layer3.0.conv2.weight": (32, 32, 3, 3),
+            "linear.weight": (10, 32),
+        },
     ),
     "dense": (
         dense,
         (2, 3, 8, 8),
-        {"stem.weight": (4, 3, 3, 3), "a.weight": (2, 4, 3, 3), "nb.weight": (6,), "b.weight": (2, 6, 3, 3),
-         "head.weight": (4, 8)},
+        {
+            "stem.weight": (4, 3, 3, 3),
+            "a.weight": (2, 4, 3, 3),
+            "nb.weight": (6,),
+            "b.weight": (2, 6, 3, 3),
+            "head.weight": (4, 8),
+        },
     ),
-    "depthwise": (depthwise, (2, 3, 4, 4), {"0.weight": (4, 3, 3, 3), "2.weight": (4, 1, 3, 3), "6.weight": (3, 96)}),
-    "multiplied": (multiplied, (2, 3, 6, 6), {"0.weight": (3, 3, 3, 3), "1.weight": (6, 1, 3, 3), "3.weight": (4, 6, 3, 3)}),
-    "many_groups": (many_groups, (2, 3, 6, 6), {"0.weight": (8, 3, 3, 3), "2.weight": (8, 2, 3, 3), "4.weight": (4, 8, 3, 3)}),
-    "few_groups": (few_groups, (2, 3, 6, 6), {"0.weight": (8, 3, 3, 3), "2.weight": (12, 4, 3, 3), "4.weight": (4, 12, 3, 3)}),
+    "depthwise": (
+        depthwise,
+        (2, 3, 4, 4),
+        {"0.weight": (4, 3, 3, 3), "2.weight": (4, 1, 3, 3), "6.weight": (3, 96)},
+    ),
+    "multiplied": (
+        multiplied,
+        (2, 3, 6, 6),
+        {"0.weight": (3, 3, 3, 3), "1.weight": (6, 1, 3, 3), "3.weight": (4, 6, 3, 3)},
+    ),
+    "many_groups": (
+        many_groups,
+        (2, 3, 6, 6),
+        {"0.weight": (8, 3, 3, 3), "2.weight": (8, 2, 3, 3), "4.weight": (4, 8, 3, 3)},
+    ),
+    "few_groups": (
+        few_groups,
+        (2, 3, 6, 6),
+        {"0.weight": (8, 3, 3, 3), "2.weight": (12, 4, 3, 3), "4.weight": (4, 12, 3, 3)},
+    ),
     "upward": (
         upward,
         (2, 3, 3, 3),
-        {"0.weight": (3, 4, 2, 2), "2.weight": (4, 3, 2, 2), "2.bias": (6,), "4.weight": (6, 1, 3, 3), "5.weight": (4, 6, 3, 3)},
+        {
+            "0.weight": (3, 4, 2, 2),
+            "2.weight": (4, 3, 2, 2),
+            "2.bias": (6,),
+            "4.weight": (6, 2, 3, 3),
+            "5.weight": (4, 12, 3, 3),
+        },
     ),
     "excited": (
         excited,
         (2, 3, 6, 6),
-        {"a.weight": (4, 3, 3, 3), "down.weight": (2, 4, 1, 1), "up.weight": (4, 2, 1, 1), "b.weight": (4, 4, 3, 3)},
+        {
+            "a.weight": (4, 3, 3, 3),
+            "down.weight": (2, 4, 1, 1),
+            "up.weight": (4, 2, 1, 1),
+            "b.weight": (4, 4, 3, 3),
+        },
     ),
     "gated": (gated, (5, 4), {"a.weight": (8, 4), "b.weight": (6, 4), "c.weight": (3, 3)}),
-    "shuffled": (shuffled, (2, 3, 4, 4), {"0.weight": (8, 3, 3, 3), "3.weight": (4, 2, 3, 3), "5.weight": (5, 16, 3, 3)}),
-    "group_norm": (group_norm, (2, 3, 6, 6), {"0.weight": (4, 3, 3, 3), "1.weight": (4,), "3.weight": (4, 4, 3, 3), "4.weight": (4,)}),
+    "shuffled": (
+        shuffled,
+        (2, 3, 4, 4),
+        {"0.weight": (8, 3, 3, 3), "3.weight": (4, 2, 3, 3), "5.weight": (5, 16, 3, 3)},
+    ),
+    "group_norm": (
+        group_norm,
+        (2, 3, 6, 6),
+        {"0.weight": (4, 3, 3, 3), "1.weight": (4,), "3.weight": (4, 4, 3, 3), "4.weight": (4,)},
+    ),
     "layer_norm": (layer_norm, (5, 4), {"0.weight": (4, 4), "1.weight": (4,), "3.weight": (3, 4)}),
-    "instance_norm": (instance_norm, (2, 3, 6, 6), {"0.weight": (4, 3, 3, 3), "1.bias": (4,), "3.weight": (3, 4, 3, 3)}),
+    "instance_norm": (
+        instance_norm,
+        (2, 3, 6, 6),
+        {"0.weight": (4, 3, 3, 3), "1.bias": (4,), "3.weight": (3, 4, 3, 3)},
+    ),
     "free_parameters": (
         free_parameters,
         (2, 3, 4, 4),
-        {"patches.weight": (4, 3, 2, 2), "token": (1, 1, 4), "positions": (1, 5, 4), "scale": (4,), "up.weight": (8, 4),
-         "head.weight": (3, 4)},
+        {
+            "patches.weight": (4, 3, 2, 2),
+            "token": (1, 1, 4),
+            "positions": (1, 5, 4),
+            "scale": (4,),
+            "up.weight": (8, 4),
+            "head.weight": (3, 4),
+        },
     ),
     "tied": (tied, "words", {"words.weight": (11, 4), "a.weight": (6, 4), "b.weight": (4, 6)}),
     "twice": (twice, (5, 4), {"into.weight": (4, 4), "a.weight": (4, 4), "out.weight": (3, 4)}),
@@ -347,11 +413,21 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, tuple[int, ...]]]
     "named": (
         named,
         {"image": (2, 3, 6, 6), "vector": (2, 4)},
-        {"a.weight": (4, 3, 3, 3), "b.weight": (4, 4), "c.weight": (2, 4), "d.weight": (2, 4), "e.weight": (2, 4)},
+        {
+            "a.weight": (4, 3, 3, 3),
+            "b.weight": (4, 4),
+            "c.weight": (2, 4),
+            "d.weight": (2, 4),
+            "e.weight": (2, 4),
+        },
     ),
     "shared_view": (shared_view, (5, 4), {"0.weight": (4, 4), "2.weight": (3, 4)}),
-    "prelu": (prelu, (2, 3, 6, 6), {"0.weight": (4, 3, 3, 3), "1.weight": (4,), "2.weight": (3, 4, 3, 3), "3.weight": (1,)}),
-}  # fmt: skip
+    "prelu": (
+        prelu,
+        (2, 3, 6, 6),
+        {"0.weight": (4, 3, 3, 3), "1.weight": (4,), "2.weight": (3, 4, 3, 3), "3.weight": (1,)},
+    ),
+}
 OVER_CHANNELS = ("group_norm", "layer_norm")
 
 
@@ -370,10 +446,11 @@ def case(request: Any) -> tuple[str, Callable[[], nn.Module], nn.Module, Any]:
     return request.param, build, trained(build()), example(form)
 
 
-def test_shapes_follow_hand_counts_and_outputs_those_of_the_silenced_twin(case: Any) -> None:
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_shapes_follow_hand_counts_and_outputs_those_of_the_silenced_twin(case: Any, criterion: str) -> None:
     name, _, net, x = case
     before = {key: t.clone() for key, t in net.state_dict().items()}
-    result = compress(net, [RemoveChannels(0.5)], example_input=x)
+    result = compress(net, [RemoveChannels(0.5, criterion=criterion)], example_input=x)
     assert all(torch.equal(t, before[key]) for key, t in net.state_dict().items())
     found = shapes(result.model)
     assert {key: found[key] for key in CASES[name][2]} == CASES[name][2]
@@ -560,6 +637,28 @@ def test_a_size_written_in_code_is_left_alone() -> None:
     assert "shape '[-1, 400]' is invalid" in result.plan[0].skipped["a.weight"]
     with pytest.raises(ValueError, match=r"a cannot be removed: .*\[-1, 400\].*exclude=\['a'\]"):
         compress(net, [RemoveChannels(0.5, on_conflict="error")], example_input=x)
+
+
+def test_a_number_that_code_derives_a_size_of_the_output_from_is_found_out() -> None:
+    net = Net(
+        lambda net, x: net.c(torch.relu(net.b(torch.relu(net.a(x)))))[:, : net.a.out_features // 4],
+        a=nn.Linear(3, 8), b=nn.Linear(8, 6), c=nn.Linear(6, 2),
+    )  # fmt: skip
+    result = compress(net, [RemoveChannels(0.5)], example_input=torch.randn(4, 3))
+    assert shapes(result.model)["b.weight"] == (3, 8)
+    assert "its output has shapes ((1, 1),) instead of ((1, 2),)" in result.plan[0].skipped["a.weight"]
+
+
+def test_gradients_of_what_is_cut_go() -> None:
+    net, x = mlp(), torch.randn(5, 4)
+    plan = RemoveChannels(0.5).plan(net, Calibration(example_input=x))
+    net(x).sum().backward()
+    cut(net, plan.layers)
+    left = {key for key, p in net.named_parameters() if p.grad is not None}
+    assert left == set(shapes(net)) - {key for key, entry in plan.layers.items() if "keep" in entry}
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    net(x).sum().backward()
+    optimizer.step()
 
 
 def test_layers_that_only_run_in_training_follow() -> None:

@@ -177,9 +177,8 @@ def decouple(model: nn.Module) -> None:
         if {inner, query.shape[1], layer.embed_dim, layer.num_heads * layer.head_dim} != {width}:
             layer.__class__ = DecoupledAttention
     for stack in model.modules():
-        if isinstance(stack, nn.TransformerEncoder) and any(
-            isinstance(m, DecoupledAttention) for m in stack.modules()
-        ):
-            stack.use_nested_tensor = (
-                False  # padded inputs would be packed for code that is not used any more
-            )
+        if isinstance(
+            stack, nn.TransformerEncoder
+        ):  # padded inputs would be packed, which only PyTorch's code reads
+            changed = any(isinstance(layer, DecoupledAttention) for layer in stack.modules())
+            stack.use_nested_tensor = stack.use_nested_tensor and not changed

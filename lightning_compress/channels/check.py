@@ -56,7 +56,8 @@ def _crossed(before: Trace, now: Trace, kept: Keep) -> str:
             whole = axis not in kept.get(key, {})
             was = before.classes[old if whole else old[kept[key][axis]]]
             for new_class, old_class in zip(now.classes[ids].tolist(), was.tolist(), strict=True):
-                fixed = whole and old_class in before.frozen  # as before, in whatever order it is computed with
+                # What stays is as before, in whatever order it is computed with.
+                fixed = whole and old_class in before.frozen
                 if partner[new_class] not in (-1, old_class) and not (fixed and owner[new_class][1]):
                     return f"{key} and {owner[new_class][0]}"
                 partner[new_class] = old_class

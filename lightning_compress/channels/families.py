@@ -159,7 +159,7 @@ def find_channels(seen: Trace, targets: Sequence[Target]) -> Channels:
     for value, where in places.items():
         if value not in seen.frozen and any(place in made for place in where):
             alike.setdefault(tuple(where), []).append(value)
-    families = []
+    families: list[Family] = []
     for spots, values in alike.items():
         makers = tuple(dict.fromkeys(made[spot] for spot in spots if spot in made))
         members = {spot: tuple(places[v][spot] for v in values) for spot in spots}

@@ -144,7 +144,7 @@ def _in_order(
     with ExitStack() as stack:
         stack.enter_context(observing(model))
         for name in layers:
-            hook = modules[name].register_forward_pre_hook(lambda *_, name=name: order.append(name))  # type: ignore[misc]
+            hook = modules[name].register_forward_pre_hook(lambda *_, name=name: order.append(name))
             stack.callback(hook.remove)
         call(model, next(iter(inputs.batches(model))))
     return list(dict.fromkeys(order))
