@@ -1,8 +1,12 @@
 """Removed channels: the small model equals the original with them silenced, its sizes are those counted by hand."""
 
 import copy
+import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -771,3 +775,17 @@ def test_random_graphs_lose_any_channels(nodes: list[tuple[str, int, int, int]],
     less = cost(small, x)
     assert found.macs(lost) == less.macs
     assert found.params(lost, sizes) == less.params == sum(p.numel() for p in small.parameters())
+
+
+def test_the_benchmark_finds_what_works_and_what_is_broken(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    path = Path(__file__).parent.parent / "recipes" / "benchmarks" / "torchvision_channels.py"
+    done = tmp_path / "done.json"
+    command = [sys.executable, str(path), "--models", "squeezenet1_1", "--done", str(done)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "1 of 1 succeed, 0 are left broken." in text
+    rows = json.loads(done.read_text())
+    rows["squeezenet1_1"]["broken"] = "it does not run"
+    done.write_text(json.dumps(rows))  # what is done is not run again
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "0 of 1 succeed, 1 are left broken." in text

