@@ -5,7 +5,13 @@
 
 Data and checkpoints are those of ``recipes/cifar_resnet.py``.
 
-RESULTS
+Measured on ResNet-20 (akamaster's weights) with 5,000 test images, budget of MACs 1 / 1.65, 512 training images to fit
+with, 400 steps of 128 images, the dense network as teacher (0.9 of the loss, T = 4), last step:
+
+                                                   top-1     MACs          parameters   speed-up
+    dense                                          91.50 %   40,551,040    269,722      1.01
+    any layer: channels removed, what follows fitted   85.14 %   24,548,468    164,689      1.25
+      400 steps at learning rate 0.02              88.92 %   24,548,468    164,689      1.25
 """
 
 from __future__ import annotations
@@ -66,7 +72,8 @@ def add_removal_options(parser: argparse.ArgumentParser, macs_ratio: float) -> N
     parser.add_argument("--scope", default="layer", choices=["layer", "global"])
     parser.add_argument("--per", default="channel", choices=["channel", "mac"])
     parser.add_argument("--round-to", type=int, default=1, help="keep a multiple of so many channels")
-    parser.add_argument("--include", nargs="+", default=["*"], help="patterns of layers whose outputs may go")
+    patterns = "patterns of layers whose outputs may go"
+    parser.add_argument("--include", nargs="+", default=["*"], help=patterns)
     parser.add_argument("--exclude", nargs="*", default=[], help="patterns of layers whose outputs stay")
     parser.add_argument("--samples", type=int, default=512, help="training images to score and to fit with")
     parser.add_argument(
@@ -109,8 +116,9 @@ def held_out(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add_options(parser, "outputs/cifar_channels", max_steps=400, lr=0.02)
+    add_options(parser, "outputs/cifar_channels", max_steps=400, lr=0.01)
     add_removal_options(parser, 1.65)
+    parser.set_defaults(include=["layer*.conv1"])  # inside the blocks, where nothing else is coupled
     parser.add_argument(
         "--reestimate", action=argparse.BooleanOptionalAction, default=False, help="BatchNorm"
     )
