@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 from lightning_compress import codes
 from lightning_compress.channels.families import Channels, find_channels
 from lightning_compress.channels.surgery import cut
-from lightning_compress.channels.trace import tensors_of, trace
+from lightning_compress.channels.trace import trace
+from lightning_compress.channels.watcher import tensors_of
 from lightning_compress.compress import compress
 from lightning_compress.cost import cost
 from lightning_compress.models import ResNetCIFAR

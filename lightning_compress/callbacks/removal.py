@@ -24,7 +24,7 @@ from lightning_compress.callbacks.quantization import QuantizationAwareTraining
 from lightning_compress.callbacks.resized import cut_everywhere
 from lightning_compress.callbacks.scheduled import ScheduledCallback
 from lightning_compress.channels.families import Channels
-from lightning_compress.channels.trace import tensors_of
+from lightning_compress.channels.watcher import tensors_of
 from lightning_compress.compress import compress
 from lightning_compress.functional.masks import count_pruned
 from lightning_compress.names import clean

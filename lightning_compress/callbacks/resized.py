@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_compress.callbacks.averages import averages_of
 from lightning_compress.channels.surgery import cut, taken
-from lightning_compress.channels.trace import tensors_of
+from lightning_compress.channels.watcher import tensors_of
 
 
 def cut_everywhere(trainer: Trainer, part: nn.Module, attribute: str, decided: Mapping[str, Any]) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_compress.channels.families import Keep
-from lightning_compress.channels.trace import Trace, trace
+from lightning_compress.channels.trace import trace
+from lightning_compress.channels.watcher import Trace
 from lightning_compress.stats.running import call, evaluating, first_tensor
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_compress.channels.registry import agree, joined, positive, rule_for
-
-if TYPE_CHECKING:
-    from lightning_compress.channels.trace import Watcher
+from lightning_compress.channels.watcher import Watcher
 
 
 @rule_for(

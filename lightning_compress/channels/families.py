@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_compress.channels.labels import Ids
-from lightning_compress.channels.trace import Trace
+from lightning_compress.channels.watcher import Trace
 from lightning_compress.targets import Target
 
 Keep = dict[str, dict[int, Ids]]  # full tensor name -> axis -> indices that stay

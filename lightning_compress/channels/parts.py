@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +11,8 @@ from torch import Tensor
 
 from lightning_compress.channels.labels import Ids
 from lightning_compress.channels.registry import joined, positive, rule_for
+from lightning_compress.channels.watcher import Watcher
 from lightning_compress.cost import fft_macs
-
-if TYPE_CHECKING:
-    from lightning_compress.channels.trace import Watcher
 
 
 @rule_for("select")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from lightning_compress.channels.labels import Ids
 from lightning_compress.channels.registry import agree, joined, rule_for
-
-if TYPE_CHECKING:
-    from lightning_compress.channels.trace import Watcher
+from lightning_compress.channels.watcher import Watcher
 
 
 @rule_for("mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addmv", "matmul", "linear")

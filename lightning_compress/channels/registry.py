@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from lightning_compress.channels.labels import Ids
-
-if TYPE_CHECKING:
-    from lightning_compress.channels.trace import Watcher
+from lightning_compress.channels.watcher import Watcher
 
 Rule = Callable[["Watcher", dict[str, Any], Any], None]
 RULES: dict[str, Rule] = {}

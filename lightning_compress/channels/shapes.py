@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lightning_compress.channels.labels import Ids
 from lightning_compress.channels.registry import positive, rule_for
-
-if TYPE_CHECKING:
-    from lightning_compress.channels.trace import Attribute, Watcher
+from lightning_compress.channels.watcher import Attribute, Watcher
 
 
 @rule_for("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "flatten", "unflatten")

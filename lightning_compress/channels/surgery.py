@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_compress import codes
 from lightning_compress.channels.attention import decouple
-from lightning_compress.channels.trace import tensors_of
+from lightning_compress.channels.watcher import tensors_of
 from lightning_compress.names import clean
 
 _INDEXED = re.compile(r"(.+)\[(\d+)\]$")

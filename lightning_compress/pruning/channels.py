@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from lightning_compress.channels.check import plan_entries
 from lightning_compress.channels.families import Channels, Family, find_channels
 from lightning_compress.channels.surgery import cut
-from lightning_compress.channels.trace import tensors_of, trace
+from lightning_compress.channels.trace import trace
+from lightning_compress.channels.watcher import tensors_of
 from lightning_compress.names import lookup, matches
 from lightning_compress.plans import Plan
 from lightning_compress.pruning.criteria import Criterion, channel_scores, criterion, measure
-from lightning_compress.pruning.order import RemovalOrder
+from lightning_compress.pruning.order import Limits, RemovalOrder
 from lightning_compress.pruning.reconstruct import can_reconstruct, reconstruct
 from lightning_compress.pruning.silence import silent
 from lightning_compress.pruning.trials import Trials
@@ -194,7 +195,9 @@ class RemoveChannels(Transform):
         lost = set(gone)
         for family in found.families:
             if not lost & set(family.classes) and family not in conflicts:
-                reasons |= {name: "none of its channels are among those that go" for name in family.makers}
+                none = "none of its channels are among those that go"
+                why = none if len(family) > 1 else "all of its channels go together"
+                reasons |= dict.fromkeys(family.makers, why)
         keys = {t.name: t.key for t in survey(model).targets}
         shapes = {key: tuple(t.shape) for key, t in tensors_of(model).items()}
         layers = plan_entries(shapes, found.keep(gone), found.attributes(gone))
@@ -372,8 +375,8 @@ class RemoveChannels(Transform):
         """
         if self.ratio == _SILENT and self.budget is None:
             return silent(model, found)
-        order = RemovalOrder(found, scores, self)
-        return order.by_ratio() if self.budget is None else order.by_budget(*self.budget, trials)
+        order = RemovalOrder(found, scores, Limits(self.scope, self.per, self.round_to, self.max_layer_ratio))
+        return order.by_ratio(self.share) if self.budget is None else order.by_budget(*self.budget, trials)
 
     def share(self, family: Family) -> float:
         """The share of a family's channels that is to go.

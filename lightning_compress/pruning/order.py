@@ -5,21 +5,36 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from lightning_compress.channels.families import Channels, Family
 from lightning_compress.functional.masks import count_pruned
+from lightning_compress.pruning.trials import Trials
 from lightning_compress.stats.running import call, evaluating
-
-if TYPE_CHECKING:
-    from lightning_compress.pruning.channels import RemoveChannels
-    from lightning_compress.pruning.trials import Trials
 
 _CLOSE = 0.005  # what a budget may leave unused without a search
 _TRIES = 200
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What orders channels and bounds how many go; the options of ``lightning_compress.RemoveChannels``.
+
+    Args:
+        scope: "layer" or "global".
+        per: "channel" or "mac".
+        round_to: families keep a multiple of so many channels.
+        max_layer_ratio: cap per family.
+    """
+
+    scope: str
+    per: str
+    round_to: int
+    max_layer_ratio: float
 
 
 class RemovalOrder:
@@ -31,21 +46,21 @@ class RemovalOrder:
     Args:
         found: channels that may go.
         scores: family name -> scores [channels].
-        options: caps, rounding and scope.
+        limits: scope, caps and rounding.
     """
 
-    def __init__(self, found: Channels, scores: Mapping[str, Tensor], options: RemoveChannels) -> None:
-        self.found, self.options = found, options
+    def __init__(self, found: Channels, scores: Mapping[str, Tensor], limits: Limits) -> None:
+        self.found, self.limits = found, limits
         self.orders = {f.name: scores[f.name].argsort(stable=True).numpy() for f in found.families}
         keys, classes, families = [], [], []
         for number, family in enumerate(found.families):
             order = self.orders[family.name]
             size, cap = len(family), self._cap(family)
-            if options.scope == "layer":
+            if limits.scope == "layer":
                 key = (np.arange(size) + 0.5) / size
             else:
                 key = scores[family.name].numpy()[order]
-                if options.per == "mac":
+                if limits.per == "mac":
                     key = key / max(found.macs([]) - found.macs(family.classes[:1]), 1.0)
             keys.append(key[:cap])
             classes.append(np.array(family.classes, int)[order[:cap]])
@@ -55,21 +70,22 @@ class RemovalOrder:
         self.classes = np.concatenate(classes)[by_key] if keys else np.zeros(0, int)
         self.families = np.concatenate(families)[by_key] if keys else np.zeros(0, int)
 
-    def by_ratio(self) -> list[int]:
-        """The channels that the ratio takes.
+    def by_ratio(self, share: Callable[[Family], float]) -> list[int]:
+        """The channels that a ratio takes.
+
+        Args:
+            share: family -> share of its channels; the same for all under scope="global".
 
         Returns:
             Classes.
         """
-        if self.options.scope == "global":
-            total = sum(len(f) for f in self.found.families)
-            share = self.options.ratio
-            assert isinstance(share, float | int)
-            return self.first(min(count_pruned(share, total), len(self.classes)))
+        families = self.found.families
+        if self.limits.scope == "global":
+            wanted = count_pruned(share(families[0]), sum(map(len, families))) if families else 0
+            return self.first(min(wanted, len(self.classes)))
         gone: list[int] = []
-        for family in self.found.families:
-            wanted = min(count_pruned(self.options.share(family), len(family)), self._cap(family))
-            gone += self._rounded(family, wanted)
+        for family in families:
+            gone += self._rounded(family, min(count_pruned(share(family), len(family)), self._cap(family)))
         return gone
 
     def first(self, count: int) -> list[int]:
@@ -115,7 +131,7 @@ class RemovalOrder:
         if least > share:
             raise ValueError(
                 f"budget=({kind!r}, {share}) cannot be met: without all channels that may go, {least:.3f} are left. "
-                f"Raise the share or max_layer_ratio={self.options.max_layer_ratio}, or widen include."
+                f"Raise the share or max_layer_ratio={self.limits.max_layer_ratio}, or widen include."
             )
         while low < high:
             middle = (low + high) // 2
@@ -125,7 +141,7 @@ class RemovalOrder:
     def _closer(self, high: int, share: float, left: Callable[[Sequence[int]], float]) -> list[int]:
         """Instead of a last channel that takes far more than is asked for, later ones that take less."""
         enough = self.first(high)
-        if self.options.round_to > 1 or left(enough) > share - _CLOSE:
+        if self.limits.round_to > 1 or left(enough) > share - _CLOSE:
             return enough
         gone = self.first(high - 1)
         for one in self.classes[high : high + _TRIES].tolist():
@@ -137,10 +153,10 @@ class RemovalOrder:
         return enough
 
     def _cap(self, family: Family) -> int:
-        return min(int(self.options.max_layer_ratio * len(family)), len(family) - 1)
+        return min(int(self.limits.max_layer_ratio * len(family)), len(family) - 1)
 
     def _rounded(self, family: Family, wanted: int) -> list[int]:
-        step, size = self.options.round_to, len(family)
+        step, size = self.limits.round_to, len(family)
         kept = min(-(-(size - wanted) // step) * step, size)
         chosen: list[int] = np.array(family.classes)[self.orders[family.name][: size - kept]].tolist()
         return chosen

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.channels.families import Channels
-from lightning_compress.channels.trace import tensors_of
+from lightning_compress.channels.watcher import tensors_of
 from lightning_compress.targets import survey
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_compress.channels.check import fault, plan_entries
 from lightning_compress.channels.families import Channels, Family
 from lightning_compress.channels.surgery import cut
-from lightning_compress.channels.trace import tensors_of
+from lightning_compress.channels.watcher import tensors_of
 
 
 class Trials:
