@@ -25,11 +25,10 @@ Which channels go decides as much as how many. ResNet-20, batch 32, speed-up at 
     --include "layer*.conv1"                1.348 (0.671)   1.179 (0.587)
     --include "layer2.*" --round-to 8       1.578 (0.778)   1.563 (0.770)
 
-This processor works on 16 numbers at once and ONNX Runtime stores channels in blocks of 16: 11 channels take as long
-as 16. What is added to a shortcut counts twice: as outputs of one layer and inputs of others. One run each; repeated
-beside other work, ``gain / MACs`` of the first command at batch 32 was 0.74 to 0.78 (eager) and 0.72 to 0.77 (ONNX
-Runtime), for ResNet-56 0.79 to 0.87 and 0.71 to 0.72. Machine: 2 shared cores of an Intel Xeon at 2.1 GHz (AVX-512),
-CPU only.
+This processor works on 16 numbers at once and ONNX Runtime stores channels in blocks of 16: 11 channels take as long as
+16. Fewer channels in what is added to a shortcut also make the additions and BatchNorm cheaper. One run each, of wall
+time; with ``--cpu-time`` beside other work, ``gain / MACs`` of the first command at batch 32 was 0.74 (eager) and 0.73
+(ONNX Runtime), for ResNet-56 0.87 and 0.71. Machine: 2 shared cores of an Intel Xeon at 2.1 GHz (AVX-512), CPU only.
 Python 3.11, torch 2.15.0, onnxruntime 1.31.1.
 
 ``gain / MACs`` is the speed-up divided by how many times fewer MACs there are: 1 if every multiply-add took the same
