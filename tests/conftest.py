@@ -35,3 +35,10 @@ def _seeded() -> None:
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a test writes by a relative path stays out of the repository."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes are imported as they are when run."""
+    for folder in (ROOT / "recipes", ROOT / "recipes" / "benchmarks"):
+        monkeypatch.syspath_prepend(str(folder))

@@ -11,14 +11,7 @@ import lightning_compress as lc
 from lightning_compress import cli
 from lightning_compress.lowrank import Factors
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-
-
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recipes are imported as they are when run."""
-    for folder in (RECIPES, RECIPES / "benchmarks"):
-        monkeypatch.syspath_prepend(str(folder))
+pytestmark = pytest.mark.usefixtures("recipes")
 
 
 @pytest.fixture

@@ -129,15 +129,21 @@ def test_padded_shortcuts_lose_channels_too():
     assert result.after.macs < 0.35 * result.before.macs
 
 
-def test_removal_equals_silence(resnet):
-    transform, inputs = lc.RemoveChannels(0.5), Calibration(example_input=IMAGE)
-    found, _, trials = transform.find(resnet, inputs)
-    scores, _ = transform.scores(resnet, found, inputs)
-    gone = transform.choose(resnet, found, scores, trials)
-    twin = copy.deepcopy(resnet)
+def silenced(net: nn.Module, x: torch.Tensor, ratio: float) -> nn.Module:
+    """The network with the channels that would go at zero, wherever parameters have entries for them."""
+    transform, inputs = lc.RemoveChannels(ratio), Calibration(example_input=x)
+    found, _, trials = transform.find(net, inputs)
+    scores, _ = transform.scores(net, found, inputs)
+    gone = transform.choose(net, found, scores, trials)
+    twin = copy.deepcopy(net)
     parameters = dict(twin.named_parameters())
-    for key, mask in silencing(resnet, found, gone).items():
+    for key, mask in silencing(net, found, gone).items():
         parameters[key].data.masked_fill_(~mask, 0)
+    return twin
+
+
+def test_removal_equals_silence(resnet):
+    twin = silenced(resnet, IMAGE, 0.5)
     small = run(resnet, IMAGE, ratio=0.5).model
     assert torch.allclose(small(IMAGE), twin(IMAGE), atol=1e-5)
     again = lc.compress(twin, [lc.RemoveChannels("silent")], example_input=IMAGE).model
@@ -319,14 +325,7 @@ def test_neural_operators(name, tmp_path):
     options |= {"rank": 0.5} if name == "TFNO" else {}
     torch.manual_seed(0)
     net, x = getattr(models, name)(**options).eval(), torch.randn(2, 1, 16, 16)
-    transform, inputs = lc.RemoveChannels(0.5), Calibration(example_input=x)
-    found, _, trials = transform.find(net, inputs)
-    scores, _ = transform.scores(net, found, inputs)
-    gone = transform.choose(net, found, scores, trials)
-    twin = copy.deepcopy(net)
-    parameters = dict(twin.named_parameters())
-    for key, mask in silencing(net, found, gone).items():
-        parameters[key].data.masked_fill_(~mask, 0)
+    twin = silenced(net, x, 0.5)
     result = run(net, x, ratio=0.5)
     small = result.model
     assert torch.allclose(small(x), twin(x), atol=1e-5)
