@@ -141,7 +141,6 @@ def _group_normed(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
             watcher.counts("num_groups", rows[:, 0])
         else:
             watcher.labels.equal(rows[:1], rows)
-        watcher.splits.append(axes[1])
     watcher.set(result if isinstance(result, Tensor) else result[0], axes)
     watcher.counts("num_channels", axes[1])
 

@@ -54,7 +54,6 @@ def _split(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
         if unit > 1:  # every part loses the same channels
             rows = ids.reshape(-1, unit)
             watcher.labels.equal(rows[:1], rows)
-            watcher.splits.append(rows[0])
             if len(rows) == len(sizes):
                 watcher.sized(rows[0], hint="split")
         else:
@@ -75,7 +74,6 @@ def _gated(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     if ids is not None:
         rows = ids.reshape(2, -1)
         watcher.labels.equal(rows[0], rows[1])
-        watcher.splits.append(rows[0])
         axes[axis] = rows[0]
     watcher.set(result, axes)
 
@@ -98,7 +96,6 @@ def _moved_into_space(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     elif ids is not None:
         rows = ids.reshape(after, -1)
         watcher.labels.equal(rows[:, :1], rows)
-        watcher.splits.append(rows[:, 0])
         axes[outside] = rows[:, 0]
     watcher.set(result, axes)
 
@@ -109,7 +106,6 @@ def _interleaved(watcher: Watcher, a: dict[str, Any], result: Any) -> None:
     if axes[1] is not None:
         rows = axes[1].reshape(a["groups"], -1)
         watcher.labels.equal(rows[:1], rows)
-        watcher.splits.append(rows[0])
         axes[1] = rows.T.reshape(-1)
     watcher.set(result, axes)
 

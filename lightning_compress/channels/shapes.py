@@ -76,7 +76,6 @@ def _place(watcher: Watcher, key: str, spread: Ids, outside: list[int], axes: li
     if len(varying) > 1:
         form = [-1 if j == moving else 1 for j in range(spread.ndim)]
         watcher.labels.equal(spread, along[moving].reshape(form))
-        watcher.splits.append(np.unique(spread))
     present = axes[outside[moving]]
     if present is not None:  # two axes in one: neither can lose a channel by itself
         watcher.labels.freeze(present, f"{watcher.here} joins two of its axes")

@@ -53,12 +53,10 @@ class Work:
     """Multiplications of one operation: a constant times the lengths of some axes.
 
     Args:
-        layer: name of the module that ran it.
         constant: what does not depend on channels.
         axes: labels of the axes that do.
     """
 
-    layer: str
     constant: float
     axes: tuple[Ids, ...]
 
@@ -75,7 +73,6 @@ class Trace:
             weight of a grouped convolution -> "groups" (whole groups go) or "positions" (the same of every group).
         classes: label -> class; what is in one class goes together.
         frozen: class -> why it stays.
-        split: classes that code splits into a fixed number of parts.
         shapes: shapes of the tensors that the model gave out.
         trains: whether it also ran in training mode, which is tried if some of its parameters have no use otherwise.
     """
@@ -86,7 +83,6 @@ class Trace:
     grouped: dict[str, str] = field(default_factory=dict)
     classes: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
     frozen: dict[int, str] = field(default_factory=dict)
-    split: set[int] = field(default_factory=set)
     shapes: tuple[tuple[int, ...], ...] = ()
     trains: bool = False
 
@@ -111,7 +107,6 @@ class Watcher:
         self.grouped = dict(grouped)
         self.attributes: list[Attribute] = []
         self.work: list[Work] = []
-        self.splits: list[Ids] = []
         self.stack: list[tuple[str, nn.Module]] = [("", model)]
         self._taken: list[set[str]] = [set()]
         self._turns: Counter[str] = Counter()
@@ -222,7 +217,7 @@ class Watcher:
     def multiplies(self, constant: float, *axes: Ids | None) -> None:
         """Note multiplications: the constant times the length of every axis with labels."""
         kept = tuple(a for a in axes if a is not None)
-        self.work.append(Work(self.stack[-1][0], constant, kept))
+        self.work.append(Work(constant, kept))
 
     def unknown(self, operation: str, given: Any) -> None:
         """An operation without a rule: what goes in stays."""
@@ -281,9 +276,8 @@ class Watcher:
         self._count_attention()
         classes = self.labels.solve()
         frozen = self.labels.frozen(classes)
-        split = {int(c) for ids in self.splits for c in np.unique(classes[ids])}
         shapes = tuple(tuple(t.shape) for t in given)
-        return Trace(self.axes, self.attributes, self.work, self.grouped, classes, frozen, split, shapes)
+        return Trace(self.axes, self.attributes, self.work, self.grouped, classes, frozen, shapes)
 
     def _count_attention(self) -> None:
         """What attention layers and transformers of PyTorch say of themselves."""
