@@ -2,7 +2,7 @@
 
 `encode` turns symbols 0..65535 into bytes; `decode` turns them back and refuses whatever is not a complete,
 valid stream. `CODERS` lists the coders, simplest first; a new one is one entry there. Below this file:
-`coders` (the byte formats), `frequencies` (models and their tables), `planes` (floating-point words as
+`coders` and `contextual` (the byte formats), `frequencies` (models and their tables), `planes` (floating-point words as
 bytes).
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_compress.functional import coders
+from lightning_compress.functional import coders, contextual
 from lightning_compress.functional.frequencies import MAX_ALPHABET
 from lightning_compress.functional.planes import byte_planes, from_byte_planes
 
@@ -67,6 +67,7 @@ CODERS: dict[str, Coder] = {
         partial(coders.static_decode, coder="range"),
         automatic=False,
     ),
+    "adaptive": Coder(contextual.adaptive_encode, contextual.adaptive_decode),
     "gaps": Coder(coders.gaps_encode, coders.gaps_decode, alphabet=2),
     "zlib": Coder(coders.zlib_encode, coders.zlib_decode, slow=True),
     "lzma": Coder(coders.lzma_encode, coders.lzma_decode, slow=True),
@@ -97,7 +98,7 @@ def encode(symbols: npt.ArrayLike, coder: str = "auto") -> tuple[str, bytes]:
         ('bitpack', 6, [5, 7, 5, 5])
 
     References:
-        Duda, "Asymmetric numeral systems", 2013 (ans); Martin, "Range encoding", 1979 (range).
+        Duda, "Asymmetric numeral systems", 2013 (ans); Martin, "Range encoding", 1979 (range, adaptive).
     """
     if coder != "auto" and coder not in CODERS:
         raise ValueError(f"unknown coder {coder!r}; allowed are 'auto', {', '.join(map(repr, CODERS))}.")
