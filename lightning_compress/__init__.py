@@ -26,7 +26,15 @@ from lightning_compress.pruning.layers import DropLayers
 from lightning_compress.pruning.modes import TruncateModes
 from lightning_compress.pruning.patterns import NM, Block
 from lightning_compress.pruning.sparsify import Prune
-from lightning_compress.quantization import Log2, MiniFloat, PerChannel, PerGroup, PerTensor, Quantize
+from lightning_compress.quantization import (
+    Log2,
+    MiniFloat,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    Quantize,
+    RateDistortionQuantize,
+)
 from lightning_compress.targets import Axes, find, register
 from lightning_compress.transform import NothingChangedError, Transform
 
@@ -54,6 +62,7 @@ __all__ = [
     "Prune",
     "QuantizationAwareTraining",
     "Quantize",
+    "RateDistortionQuantize",
     "ReestimateBatchNorm",
     "RelativeH1Error",
     "RelativeL2Error",

@@ -7,10 +7,15 @@ weights on correlated inputs can cancel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from lightning_compress.functional.affine import dequantize, quantize
+from lightning_compress.functional.rates import cheapest_codes
+
+Rounded = Callable[[Tensor, Tensor, Tensor], Tensor]  # values, scale, zero point -> integers
 
 # Columns whose effect on the others is added up before it is spread: a matrix product instead of many updates.
 _BLOCK = 128
@@ -27,6 +32,8 @@ def compensated_codes(
     damp: float = 0.01,
     mask: Tensor | None = None,
     sweeps: int = 0,
+    bits: Tensor | None = None,
+    penalty: float = 0.0,
 ) -> Tensor:
     r"""Integers of a weight matrix with a small output error ``tr((W - Ŵ) G (W - Ŵ)^T)``.
 
@@ -48,6 +55,9 @@ def compensated_codes(
             needs a positive definite G.
         mask: bool [R, D], True = kept. Others get the code of zero, and what that loses is compensated too.
         sweeps: passes of coordinate descent, >= 0; ends early when a pass changes nothing.
+        bits: what each integer costs, [2 R + 1] (see ``lightning_compress.functional.rates.code_bits``); needs zero
+            points of 0. Then integers come from ``cheapest_codes``, and no row is rounded to nearest in the end.
+        penalty: squared steps per bit.
 
     Returns:
         Integers as float32 [R, D], like ``quantize``.
@@ -65,12 +75,18 @@ def compensated_codes(
     Transformers, and Optimal Brain Compression.
     """
     _check(weight, gram, damp, mask, sweeps)
+
+    def rounded(x: Tensor, s: Tensor, z: Tensor) -> Tensor:
+        if bits is None:
+            return quantize(x.float(), s, z, qmin, qmax)
+        return cheapest_codes(x / s, bits, penalty).clamp(qmin, qmax).to(s.dtype)
+
     w, g = weight.detach().double(), gram.detach().double()
     s = scale.detach().to(torch.float32).expand_as(w)
     z = torch.zeros_like(s) if zero_point is None else zero_point.detach().to(torch.float32).expand_as(w)
     fixed = torch.zeros_like(w, dtype=torch.bool) if mask is None else ~mask
     zero = z.clamp(qmin, qmax)
-    nearest = quantize(w.float(), s, z, qmin, qmax).where(~fixed, zero)
+    nearest = rounded(w, s, z).where(~fixed, zero)
 
     order = g.diagonal().argsort(descending=True, stable=True)
     order = order[g.diagonal()[order] > 0]
@@ -79,9 +95,9 @@ def compensated_codes(
         part = w[:, order]
         grid = s[:, order], z[:, order]
         spread = _spread(g[order][:, order], damp)
-        codes[:, order] = _compensate(part, spread, *grid, qmin, qmax, fixed[:, order], zero[:, order])
+        codes[:, order] = _compensate(part, spread, *grid, rounded, fixed[:, order], zero[:, order])
         better = _output_error(w, codes, g, s, z) < _output_error(w, nearest, g, s, z)
-        codes = torch.where(better[:, None], codes, nearest)
+        codes = torch.where(better[:, None] | (bits is not None), codes, nearest)
         for _ in range(sweeps):
             polished = _sweep(part, codes[:, order], g[order][:, order], *grid, qmin, qmax, fixed[:, order])
             if torch.equal(polished, codes[:, order]):
@@ -90,8 +106,30 @@ def compensated_codes(
     return codes
 
 
+def conditional_variances(gram: Tensor, *, damp: float = 0.01) -> Tensor:
+    """What of every input is left to say when those that are rounded after it are known: ``d_j = 1 / U_jj^2``.
+
+    With compensation the error of column j costs ``d_j (w_j - w^_j)^2`` instead of ``G_jj (w_j - w^_j)^2``.
+
+    Args:
+        gram: as for ``compensated_codes``.
+        damp: the same.
+
+    Returns:
+        Of the inputs that are not always 0, in the order of rounding.
+
+    Examples:
+        >>> conditional_variances(torch.tensor([[1.0, 0.9], [0.9, 1.0]]), damp=0)
+        tensor([0.1900, 1.0000], dtype=torch.float64)
+    """
+    g = gram.detach().double()
+    order = g.diagonal().argsort(descending=True, stable=True)
+    order = order[g.diagonal()[order] > 0]
+    return _spread(g[order][:, order], damp).diagonal() ** -2
+
+
 def _compensate(
-    w: Tensor, u: Tensor, s: Tensor, z: Tensor, qmin: int, qmax: int, fixed: Tensor, zero: Tensor
+    w: Tensor, u: Tensor, s: Tensor, z: Tensor, rounded: Rounded, fixed: Tensor, zero: Tensor
 ) -> Tensor:
     w = w.clone()
     codes = torch.empty_like(s)
@@ -100,7 +138,7 @@ def _compensate(
         errors = torch.empty_like(w[:, start:stop])
         for j in range(start, stop):
             grid = s[:, j], z[:, j]
-            codes[:, j] = quantize(w[:, j].float(), *grid, qmin, qmax).where(~fixed[:, j], zero[:, j])
+            codes[:, j] = rounded(w[:, j], *grid).where(~fixed[:, j], zero[:, j])
             error = (w[:, j] - dequantize(codes[:, j].double(), *grid)) / u[j, j]
             w[:, j:stop].addr_(error, u[j, j:stop], alpha=-1)
             errors[:, j - start] = error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from lightning_compress.stats.calibration import Calibration
@@ -85,6 +86,50 @@ def weight_like(target: Target, matrices: Tensor) -> Tensor:
         split = matrices.view(groups, shape[1], shape[0] // groups, *shape[2:])
         return split.transpose(1, 2).reshape(shape)
     return matrices.reshape(shape)
+
+
+def real_matrices(target: Target, values: Tensor) -> Tensor:
+    """Any weight that has a Gram matrix as real matrices, ``[problems, outputs, inputs]``; back by ``from_real``.
+
+    A complex spectral weight is one problem for each mode, with real and imaginary parts as inputs of their own.
+
+    Args:
+        target: linear layer, convolution or spectral weight.
+        values: of the weight's shape.
+
+    Returns:
+        float64.
+    """
+    if not values.is_complex():
+        return matrices(target, values).double()
+    rows = values.movedim((target.axes.out, target.axes.in_ or 0), (-2, -1)).flatten(0, -3)
+    return torch.cat([rows.real, rows.imag], 2).double()
+
+
+def from_real(target: Target, rows: Tensor) -> Tensor:
+    """Inverse of ``real_matrices``; what belongs to a complex weight gets a last axis of real and imaginary part."""
+    weight, axes = target.weight, target.axes
+    if not weight.is_complex():
+        return weight_like(target, rows)
+    rest = [n for axis, n in enumerate(weight.shape) if axis not in (axes.out, axes.in_)]
+    planes = torch.stack(rows.chunk(2, 2), -1).view(*rest, *rows.shape[1:2], -1, 2)
+    return planes.movedim((-3, -2), (axes.out, axes.in_ or 0))
+
+
+def real_grams(target: Target, gram: Tensor) -> Tensor:
+    """Gram matrices that belong to ``real_matrices``: ``e G e^H = [a b] [[P, Q], [Q^T, P]] [a b]^T`` for e = a + ib.
+
+    Args:
+        target: linear layer, convolution or spectral weight.
+        gram: its ``Stats.gram``; P + iQ where it is complex.
+
+    Returns:
+        float64 ``[problems, inputs, inputs]``.
+    """
+    flat = gram.cpu().reshape(-1, *gram.shape[-2:])
+    if not target.weight.is_complex():
+        return flat.double()
+    return torch.cat([torch.cat([flat.real, flat.imag], 2), torch.cat([flat.imag.mT, flat.real], 2)], 1)
 
 
 def corrected(target: Target, bias: Tensor, error: Tensor, mean: Tensor) -> Tensor:
