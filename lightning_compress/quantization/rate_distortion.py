@@ -78,7 +78,7 @@ class RateDistortionQuantize(Transform):
         sensitivity: "fisher": gradients on calibration inputs say how much a layer matters; "none": one step for all
             layers; "auto": the first, if there are inputs.
         rounding: "compensated": errors of one weight are made up for by others of its output; "nearest"; "auto": the
-            first, if there are inputs.
+            first, if there are inputs other than white noise, to which it would fit the weights.
         penalty: lambda >= 0 of ``(x - q)^2 + lambda bits(q)``, x in steps: more zeros for larger errors. It helps with
             nearest rounding below some 2 bits (0.05 to 0.1), and harms compensated rounding.
         biases: also round the biases beside the weights (needs sensitivities).
@@ -195,7 +195,7 @@ class RateDistortionQuantize(Transform):
         if not inputs.available:
             return layers
         seen: dict[str, Stats] = {}
-        if self.rounding != "nearest":
+        if self.rounding == "compensated" or (self.rounding == "auto" and not inputs.is_noise(model)):
             able = [t for t in targets if has_gram(t) or _is_spectral(t)]
             fields = {
                 t.key: ["gram", *(["input_mean"] if has_gram(t) and bias_of(t) is not None else [])]

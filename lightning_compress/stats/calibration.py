@@ -129,6 +129,17 @@ class Calibration:
         """Whether there is anything to take or to draw inputs from."""
         return self.example_input is not None or (self.data is not None and not isinstance(self.data, str))
 
+    def is_noise(self, model: nn.Module) -> bool:
+        """Whether inputs are white noise, which tells how large a layer's inputs are, but not how they correlate.
+
+        Args:
+            model: the model they are meant for.
+
+        Returns:
+            True for the sampler "normal".
+        """
+        return self._sampler(model) == "normal"
+
     def example(self, model: nn.Module) -> Any:
         """One input: the given one, else the first batch of the data; None if there is neither.
 

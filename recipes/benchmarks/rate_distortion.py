@@ -1,0 +1,272 @@
+"""Bytes against accuracy, without data: this library beside nncodec (ISO/IEC 15938-17), in one run.
+
+    pip install nncodec
+    python recipes/benchmarks/rate_distortion.py --data DIR
+
+DIR holds ``cifar10_*.npz``, ``mnist.npz``, ``darcy_16_32.npz`` and the checkpoints ``resnet20_cifar10.safetensors``,
+``resnet56_cifar10.safetensors``, ``lenet5_mnist.safetensors``, ``fno_darcy16.safetensors``. Both sides get the
+trained network and nothing else: nncodec one quantization parameter (dependent quantization, its other settings as
+they come), this library ``FuseBatchNorm`` where there is BatchNorm and ``RateDistortionQuantize(bits)`` on inputs that
+are synthesized from the network, or drawn. Bytes are those of nncodec's stream and of the ``.lcz`` file. OER is
+the share of changed predictions of the test images, or the mean relative L2 distance of the outputs. "encode" turns a
+network whose weights are decided into bytes (nncodec's cannot be separated from deciding them), "decide" is what comes
+before, "decode" gives a network; best of several turns, each side in turn. Peak memory is that of the process above
+where it stood.
+
+RESULTS
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import lightning_compress as lc
+from lightning_compress.archive import dense_bytes
+from lightning_compress.checkpoints import load_weights
+from lightning_compress.stats import Calibration
+from lightning_compress.tables import text
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import cifar_resnet
+import lenet5
+
+QP = (-32, -28, -24, -20)
+BITS = (4.0, 3.5, 3.0, 2.6, 2.3, 2.0, 1.7)
+
+
+@dataclass
+class Problem:
+    """A trained network, and what it is tested on."""
+
+    build: Callable[[], nn.Module]
+    net: nn.Module
+    inputs: Tensor
+    labels: Tensor
+    batch: int = 250
+    mean: float = 0.0
+    std: float = 1.0
+
+    @torch.inference_mode()
+    def outputs(self, net: nn.Module) -> Tensor:
+        found = torch.cat([net.eval()(x) for x in self.inputs.split(self.batch)])
+        return found * self.std + self.mean
+
+    @property
+    def classifies(self) -> bool:
+        return self.labels.dim() == 1
+
+    def score(self, outputs: Tensor) -> float:
+        """Top-1 in percent, or mean relative L2 error in percent."""
+        if self.classifies:
+            return 100 * float((outputs.argmax(1) == self.labels).double().mean())
+        return 100 * float(_relative(outputs, self.labels))
+
+    def changed(self, outputs: Tensor, original: Tensor) -> float:
+        if self.classifies:
+            return 100 * float((outputs.argmax(1) != original.argmax(1)).double().mean())
+        return 100 * float(_relative(outputs, original))
+
+
+def _relative(found: Tensor, wanted: Tensor) -> Tensor:
+    return ((found - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)).mean()
+
+
+def problem(name: str, data: Path, limit: int | None) -> Problem:
+    if name.startswith("resnet"):
+        images, labels = cifar_resnet.read(str(data), False, limit)
+        file = data / f"{name}_cifar10.safetensors"
+
+        def build() -> nn.Module:
+            return cifar_resnet.build(name, str(file)).eval()
+
+        return Problem(build, build(), cifar_resnet.normalize(images), labels)
+    if name == "lenet5":
+
+        def build() -> nn.Module:
+            return load_weights(lc.models.LeNet5(), data / "lenet5_mnist.safetensors").eval()
+
+        given = lenet5.read(data / "mnist.npz")
+        return Problem(build, build(), given["x_test"][:limit], given["y_test"][:limit])
+    if name == "fno":
+        from neuralop.models import FNO
+
+        sizes = {"in_channels": 1, "out_channels": 1, "hidden_channels": 24, "n_layers": 4}
+
+        def build() -> nn.Module:
+            net = FNO(n_modes=(8, 8), **sizes, projection_channel_ratio=2)
+            return load_weights(net, data / "fno_darcy16.safetensors").eval()
+
+        with np.load(data / "darcy_16_32.npz") as pack:
+            x, y = (torch.from_numpy(pack[f"{k}_test_16"].astype(np.float32))[:, None] for k in "xy")
+            mean, std = float(pack["y_train_16"].mean()), float(pack["y_train_16"].std())
+        return Problem(build, build(), x, y, mean=mean, std=std)
+    raise SystemExit(f"--models {name}: allowed are resnet20, resnet32, resnet44, resnet56, lenet5, fno.")
+
+
+# -- both sides ----------------------------------------------------------------------------------------------
+
+
+class Standard:
+    """nncodec; complex tensors go in as their real and imaginary parts."""
+
+    def __init__(self, given: Problem, qp: int, folder: Path) -> None:
+        self.given, self.folder = given, folder
+        self.options = {"qp": qp, "use_dq": True, "verbose": False, "results": str(folder)}
+        self.shapes: dict[str, Tensor] = {}
+
+    def encode(self) -> bytes:
+        from nncodec.nn import encode
+
+        arrays = {}
+        for name, value in self.given.net.state_dict().items():
+            if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+                self.shapes[name] = value
+                arrays[name] = (torch.view_as_real(value) if value.is_complex() else value).numpy().copy()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return bytes(encode(arrays, self.options))
+
+    def decode(self, data: bytes) -> nn.Module:
+        from nncodec.nn import decode
+
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            arrays = decode(bytearray(data))
+        net = self.target
+        with torch.no_grad():
+            state = net.state_dict()
+            for name, value in self.shapes.items():
+                found = torch.as_tensor(np.asarray(arrays[name]))
+                found = torch.view_as_complex(found.contiguous()) if value.is_complex() else found
+                state[name].copy_(found.reshape(value.shape))
+        return net
+
+    def fresh(self) -> None:
+        self.target = self.given.build()
+
+
+class Ours:
+    """The archive of what ``compress`` made."""
+
+    def __init__(self, given: Problem, bits: float, inputs: list[Tensor], folder: Path, seed: int) -> None:
+        self.given, self.path = given, folder / "net.lcz"
+        transforms: list[lc.Transform] = [lc.RateDistortionQuantize(bits=bits)]
+        if any(isinstance(m, nn.BatchNorm2d) for m in given.net.modules()):
+            transforms.insert(0, lc.FuseBatchNorm())
+        begin = time.perf_counter()
+        self.net = lc.compress(
+            given.net, transforms, example_input=given.inputs[:1], data=inputs, seed=seed
+        ).model
+        self.decided = time.perf_counter() - begin
+
+    def encode(self) -> bytes:
+        lc.save(self.net, self.path, verify=False)
+        return self.path.read_bytes()
+
+    def decode(self, data: bytes) -> nn.Module:
+        return lc.load(self.path, into=self.target)
+
+    def fresh(self) -> None:
+        self.target = self.given.build()
+
+
+def peak(call: Callable[[], Any]) -> tuple[float, Any]:
+    """MB that the process needed above where it stood, where Linux tells; and what was returned."""
+    status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not refs.exists():
+        return float("nan"), call()
+    before = _resident(status, "VmRSS")
+    refs.write_text("5")
+    result = call()
+    return (_resident(status, "VmHWM") - before) / 1024, result
+
+
+def _resident(status: Path, key: str) -> int:
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
+
+
+def rows(name: str, given: Problem, options: argparse.Namespace) -> list[list[Any]]:
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    begin = time.perf_counter()
+    inputs = list(Calibration(given.inputs[:1], None, options.samples, options.seed).batches(given.net))
+    drawn = time.perf_counter() - begin
+    original = given.outputs(given.net)
+    dense = dense_bytes(given.net)
+    score = given.score(original)
+    print(f"{name}: {dense:,} bytes, {score:.2f}; inputs made in {drawn:.0f} s", flush=True)
+    made: list[tuple[str, Any]] = [
+        *((f"nncodec qp {qp}", Standard(given, qp, options.output_dir)) for qp in options.qp),
+        *((f"{bits:g} bits", Ours(given, bits, inputs, options.output_dir, options.seed)) for bits in options.bits),
+    ]
+    found: list[list[Any]] = []
+    for label, side in made:
+        data = side.encode()
+        side.fresh()
+        outputs = given.outputs(side.decode(data))
+        seconds = f"{side.decided:.1f}" if isinstance(side, Ours) else ""
+        found.append(
+            [name, label, len(data), f"{len(data) / dense:.4f}", f"{given.score(outputs):.2f}",
+             f"{given.changed(outputs, original):.2f}", seconds]
+        )
+        print(*found[-1], flush=True)
+    timed(name, made[options.qp.index(sorted(options.qp)[len(options.qp) // 2])][1], made[-1][1], options, dense)
+    return found
+
+
+def timed(name: str, one: Standard, other: Ours, options: argparse.Namespace, dense: int) -> None:
+    """Median seconds of both sides, in turns, and peak memory."""
+    spent: dict[str, list[float]] = {}
+    for _ in range(options.turns):
+        for label, side in (("nncodec", one), ("ours", other)):
+            side.fresh()
+            begin = time.perf_counter()
+            data = side.encode()
+            middle = time.perf_counter()
+            side.decode(data)
+            end = time.perf_counter()
+            spent.setdefault(f"{label} encode", []).append(middle - begin)
+            spent.setdefault(f"{label} decode", []).append(end - middle)
+    median = {key: float(np.median(values)) for key, values in spent.items()}
+    memory = {}
+    for label, side in (("nncodec", one), ("ours", other)):
+        memory[f"{label} encode"], data = peak(side.encode)
+        side.fresh()
+        memory[f"{label} decode"], _ = peak(lambda side=side, data=data: side.decode(data))
+    per = dense / 1e6
+    for what in ("encode", "decode"):
+        a, b = median[f"nncodec {what}"], median[f"ours {what}"]
+        print(
+            f"{name} {what}: nncodec {1000 * a / per:.1f} ms, ours {1000 * b / per:.1f} ms per MB of float32, ratio "
+            f"{a / b:.2f}; peak {memory[f'nncodec {what}']:.1f} and {memory[f'ours {what}']:.1f} MB",
+            flush=True,
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of packs and checkpoints")
+    parser.add_argument("--models", nargs="+", default=["resnet20", "resnet56", "lenet5", "fno"])
+    parser.add_argument("--qp", nargs="*", type=int, default=list(QP))
+    parser.add_argument("--bits", nargs="+", type=float, default=list(BITS))
+    parser.add_argument("--samples", type=int, default=256, help="inputs that are made from the network")
+    parser.add_argument("--turns", type=int, default=5, help="timed turns")
+    parser.add_argument("--limit-test", type=int, help="use the first so many test inputs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/rate_distortion"))
+    options = parser.parse_args(argv)
+    found = [row for name in options.models for row in rows(name, problem(name, options.data, options.limit_test), options)]
+    print(text(["network", "setting", "bytes", "share of dense", "score", "OER", "decide s"], found))
+
+
+if __name__ == "__main__":
+    main()
