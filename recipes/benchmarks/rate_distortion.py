@@ -206,7 +206,10 @@ def rows(name: str, given: Problem, options: argparse.Namespace) -> list[list[An
     print(f"{name}: {dense:,} bytes, {score:.2f}; inputs made in {drawn:.0f} s", flush=True)
     made: list[tuple[str, Any]] = [
         *((f"nncodec qp {qp}", Standard(given, qp, options.output_dir)) for qp in options.qp),
-        *((f"{bits:g} bits", Ours(given, bits, inputs, options.output_dir, options.seed)) for bits in options.bits),
+        *(
+            (f"{bits:g} bits", Ours(given, bits, inputs, options.output_dir, options.seed))
+            for bits in options.bits
+        ),
     ]
     found: list[list[Any]] = []
     for label, side in made:
@@ -215,11 +218,20 @@ def rows(name: str, given: Problem, options: argparse.Namespace) -> list[list[An
         outputs = given.outputs(side.decode(data))
         seconds = f"{side.decided:.1f}" if isinstance(side, Ours) else ""
         found.append(
-            [name, label, len(data), f"{len(data) / dense:.4f}", f"{given.score(outputs):.2f}",
-             f"{given.changed(outputs, original):.2f}", seconds]
+            [
+                name,
+                label,
+                len(data),
+                f"{len(data) / dense:.4f}",
+                f"{given.score(outputs):.2f}",
+                f"{given.changed(outputs, original):.2f}",
+                seconds,
+            ]
         )
         print(*found[-1], flush=True)
-    timed(name, made[options.qp.index(sorted(options.qp)[len(options.qp) // 2])][1], made[-1][1], options, dense)
+    timed(
+        name, made[options.qp.index(sorted(options.qp)[len(options.qp) // 2])][1], made[-1][1], options, dense
+    )
     return found
 
 
@@ -264,7 +276,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/rate_distortion"))
     options = parser.parse_args(argv)
-    found = [row for name in options.models for row in rows(name, problem(name, options.data, options.limit_test), options)]
+    found = [
+        row
+        for name in options.models
+        for row in rows(name, problem(name, options.data, options.limit_test), options)
+    ]
     print(text(["network", "setting", "bytes", "share of dense", "score", "OER", "decide s"], found))
 
 
