@@ -20,6 +20,7 @@ from lightning_compress.finalize import finalize
 from lightning_compress.fusion import FuseBatchNorm
 from lightning_compress.lowrank import Factorize, MergeFactors
 from lightning_compress.metrics import OutputErrorRate, RelativeH1Error, RelativeL2Error
+from lightning_compress.pipelines import CompressionConfig, TargetResult, compress_to
 from lightning_compress.pruning.channels import RemoveChannels
 from lightning_compress.pruning.fourier import PartialFourier
 from lightning_compress.pruning.layers import DropLayers
@@ -35,6 +36,8 @@ from lightning_compress.quantization import (
     Quantize,
     RateDistortionQuantize,
 )
+from lightning_compress.search import SearchResult, search
+from lightning_compress.sharing import ShareWeights
 from lightning_compress.targets import Axes, find, register
 from lightning_compress.transform import NothingChangedError, Transform
 
@@ -45,6 +48,7 @@ __all__ = [
     "BatchNormReestimation",
     "Block",
     "Code",
+    "CompressionConfig",
     "CompressionMonitor",
     "DropLayers",
     "Factorize",
@@ -69,11 +73,15 @@ __all__ = [
     "RemoveChannels",
     "ScheduledPruning",
     "ScheduledRemoval",
+    "SearchResult",
+    "ShareWeights",
     "SparsityRegularization",
+    "TargetResult",
     "Transform",
     "TruncateModes",
     "benchmark",
     "compress",
+    "compress_to",
     "cost",
     "export_onnx",
     "finalize",
@@ -83,4 +91,5 @@ __all__ = [
     "models",
     "register",
     "save",
+    "search",
 ]

@@ -22,13 +22,22 @@ from torch import Tensor, nn
 
 from lightning_compress import codes, contents, tables, transform
 from lightning_compress.codes import Code, same_bits
-from lightning_compress.container import ArchiveError, Reader, naming, replacing, write
+from lightning_compress.container import ArchiveError, Header, Reader, naming, replacing, write
 from lightning_compress.functional.arrays import Array
 from lightning_compress.functional.entropy import CODERS
 from lightning_compress.targets import locate
 from lightning_compress.transform import Step
 
-__all__ = ["ArchiveError", "ArchiveInfo", "StoredTensor", "baseline_sizes", "inspect", "load", "save"]
+__all__ = [
+    "ArchiveError",
+    "ArchiveInfo",
+    "StoredTensor",
+    "baseline_sizes",
+    "inspect",
+    "load",
+    "save",
+    "size_of",
+]
 
 
 @dataclass(frozen=True)
@@ -149,13 +158,7 @@ def save(
             raise ValueError(f"the folder {path.parent} does not exist: make it first")
         if path.is_dir():
             raise ValueError("this is a folder: give the name of a file")
-        if coder not in ("auto", *CODERS):
-            raise ValueError(f"unknown coder {coder!r}; allowed: auto, {', '.join(CODERS)}")
-        try:
-            metadata = json.loads(json.dumps(metadata, allow_nan=False))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"metadata is not JSON: {error}") from None
-        header, chunks = contents.encode(model, coder, metadata)
+        header, chunks = _encoded(model, coder, metadata)
         with replacing(path) as file:
             write(file, header, chunks)
             reader = Reader(file)
@@ -169,6 +172,43 @@ def save(
             with replacing(path.with_name(f"{path.stem}_metadata.json")) as file:
                 file.write(_sidecar(path, info))
     return info
+
+
+def size_of(model: nn.Module, coder: str = "auto", metadata: Any = None) -> int:
+    """Length of the file that `save` would write, to the byte; nothing is written.
+
+    Args:
+        model: any module on any device, also compiled or wrapped.
+        coder: as in `save`.
+        metadata: as in `save`.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ArchiveError: as in `save`.
+
+    Examples:
+        >>> import tempfile
+        >>> net = nn.Linear(64, 64)
+        >>> size_of(net) == save(net, tempfile.mkdtemp() + "/net.lcz").file_bytes
+        True
+    """
+    with naming(Path(type(model).__name__)):
+        buffer = io.BytesIO()
+        write(buffer, *_encoded(model, coder, metadata))
+        return buffer.tell()
+
+
+def _encoded(model: nn.Module, coder: str, metadata: Any) -> tuple[Header, list[bytes]]:
+    """Header and streams of a model."""
+    if coder not in ("auto", *CODERS):
+        raise ValueError(f"unknown coder {coder!r}; allowed: auto, {', '.join(CODERS)}")
+    try:
+        metadata = json.loads(json.dumps(metadata, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metadata is not JSON: {error}") from None
+    return contents.encode(model, coder, metadata)
 
 
 def load(path: str | os.PathLike[str], into: nn.Module, *, max_bytes: int = 4 * 2**30) -> nn.Module:

@@ -16,6 +16,9 @@ from torch import nn
 import lightning_compress as lc
 from lightning_compress import cli
 from lightning_compress.checkpoints import load_weights
+from lightning_compress.pipelines import compress_to
+from lightning_compress.search import search
+from lightning_compress.sharing import ShareWeights
 
 NETWORK = """
 import torch
@@ -34,6 +37,9 @@ def words():
 
 def batches():
     return [torch.linspace(0, 1, 16 * 36).view(16, 1, 6, 6)]
+
+def accuracy(model):
+    return 1.0
 
 number = 3
 """
@@ -171,7 +177,7 @@ def test_prune_options_are_those_of_the_transform(net: nn.Module, monkeypatch: p
         seen.extend(steps)
         return lc.compress(model, [lc.Prune(0.5)])
 
-    monkeypatch.setattr(cli, "compress", compress)
+    monkeypatch.setattr(cli.methods, "compress", compress)
     argv = ["prune", "--model", "my_networks:build", "--output", "net.lcz", "--force"]
     assert cli.main(argv) == 0
     assert seen.pop().config() == lc.Prune().config()
@@ -310,12 +316,163 @@ def test_quantize_options_are_those_of_the_transform(monkeypatch: pytest.MonkeyP
         seen.extend(steps)
         return lc.compress(model, [lc.Quantize()])
 
-    monkeypatch.setattr(cli, "compress", compress)
+    monkeypatch.setattr(cli.methods, "compress", compress)
     assert cli.main(["quantize", "--model", "lenet5", "--output", "net.lcz"]) == 0
     [step] = seen
     given, default = step.config(), lc.Quantize().config()
     assert given.pop("granularity") == "per_channel" and default.pop("granularity")["type"] == "PerChannel"
     assert given == default
+
+
+# -- share, run and search -----------------------------------------------------------------------------------
+
+
+def test_share_equals_the_library(lenet: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = (
+        "share --model lenet5 --checkpoint lenet5.pt --clusters 8 --codebook-dtype float16 --output net.lcz"
+    )
+    assert cli.main([*argv.split(), "--sidecar"]) == 0
+    expected = lc.compress(lenet, [ShareWeights(clusters=8, codebook_dtype="float16")]).model
+    assert same(lc.load("net.lcz", into=lc.models.build("lenet5")).eval(), expected)
+    size = Path("net.lcz").stat().st_size
+    assert f"{size:,}" in capsys.readouterr().out
+    assert json.loads(Path("net_metadata.json").read_text())["file_bytes"] == size
+
+
+def test_share_options_are_those_of_the_transform(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def compress(model: nn.Module, steps: list[lc.Transform], **kwargs: object) -> object:
+        seen.extend(steps)
+        return lc.compress(model, [lc.Quantize()])
+
+    monkeypatch.setattr(cli.methods, "compress", compress)
+    assert cli.main(["share", "--model", "lenet5", "--output", "net.lcz"]) == 0
+    assert seen.pop().config() == ShareWeights().config()
+
+
+RECIPE = "transforms: [{Prune: {exclude: [fc3]}}, Quantize]\ntarget_ratio: 0.1\n"
+
+
+def test_run_equals_the_library_and_its_exit_code_tells_the_truth(
+    lenet: nn.Module, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("small.yaml").write_text(RECIPE)
+    argv = [
+        "run",
+        "small.yaml",
+        "--model",
+        "lenet5",
+        "--checkpoint",
+        "lenet5.pt",
+        "--output",
+        "net.lcz",
+        "--force",
+    ]
+    assert cli.main(argv) == 0
+    expected = compress_to(lenet, [lc.Prune(exclude=("fc3",)), lc.Quantize()], target_ratio=0.1)
+    assert same(lc.load("net.lcz", into=lc.models.build("lenet5")).eval(), expected.model)
+    out = capsys.readouterr().out
+    assert Path("net.lcz").stat().st_size == expected.reached["file_bytes"] and "target met" in out
+    with pytest.warns(UserWarning, match="target_bytes=10 "):
+        assert cli.main([*argv, "--target-bytes", "10"]) == 1
+    assert "target NOT met" in capsys.readouterr().out
+
+
+def test_run_measures_errors_and_accuracy(lenet: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("small.yaml").write_text("transforms: [Quantize]\nmax_ber: 0.05\n")
+    base = [
+        "run",
+        "small.yaml",
+        "--model",
+        "lenet5",
+        "--checkpoint",
+        "lenet5.pt",
+        "--output",
+        "net.lcz",
+        "--force",
+    ]
+    assert cli.main([*base, "--data", "images.npy"]) == 0
+    restored = lc.load("net.lcz", into=lc.models.build("lenet5")).eval()
+    images = torch.from_numpy(np.load("images.npy"))
+    changed = (restored(images).argmax(1) != lenet(images).argmax(1)).float().mean()
+    assert changed <= 0.05 and "max_error" in capsys.readouterr().out
+    options = ["--max-accuracy-drop", "0.5", "--evaluate", "my_networks:accuracy"]
+    assert cli.main([*base, *options]) == 0
+    assert "accuracy drop" in capsys.readouterr().out
+
+
+SEARCH = """
+space:
+  "*": {bits: [2, 8]}
+population: 4
+generations: 2
+target_ratio: 0.2
+options: {Quantize: {calibrator: minmax}}
+"""
+
+
+def test_search_equals_the_library_and_goes_on_from_its_file(
+    lenet: nn.Module, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    Path("space.yaml").write_text(SEARCH)
+    argv = [
+        "search",
+        "space.yaml",
+        "--model",
+        "lenet5",
+        "--checkpoint",
+        "lenet5.pt",
+        "--data",
+        "images.npy",
+        "--output",
+        "net.lcz",
+        "--force",
+    ]
+    more = ["--resume", "all.jsonl", "--front", "front.csv", "--plot", "front.png"]
+    assert cli.main([*argv, *more]) == 0
+    images = torch.from_numpy(np.load("images.npy"))
+    options = {"Quantize": {"calibrator": "minmax"}}
+    sizes = {"population": 4, "generations": 2, "target_ratio": 0.2}
+    expected = search(lenet, {"*": {"bits": (2, 8)}}, data=images, options=options, **sizes)
+    best = expected.best()
+    assert best is not None
+    restored = lc.load("net.lcz", into=lc.models.build("lenet5")).eval()
+    assert same(restored, expected.model(best)) and expected.target_met
+    assert Path("net.lcz").stat().st_size == best.values["size_fraction"] * expected.problem.dense_bytes
+    assert len(Path("front.csv").read_text().splitlines()) == 1 + len(expected.rows)
+    assert Path("front.png").stat().st_size > 1000 and len(Path("all.jsonl").read_text().splitlines()) == 10
+    assert str(expected) in capsys.readouterr().out
+    assert cli.main([*argv, *more, "--generations", "3", "--target-ratio", "0.01"]) == 1
+    assert "target NOT met" in capsys.readouterr().out
+    assert len(Path("all.jsonl").read_text().splitlines()) == 14
+
+
+def test_run_and_search_refuse_in_one_line(lenet: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {
+        "a.yaml": ("transforms: [Prun]", "did you mean 'Prune'"),
+        "b.yaml": ("transforms: [Prune]\ntarget_ration: 0.1", "did you mean 'target_ratio'"),
+        "c.yaml": ("compression_types: [evolutionary]", "use lightning-compress search"),
+        "d.yaml": ("transforms: [{Quantize: {bits: 4}}, {Prune: {sparsity: 0.5}}]", "Prune after Quantize"),
+        "e.yaml": ("- 3", "a configuration is a mapping"),
+        "f.yaml": ("transforms: [Prune]\nmax_ber: 0.1", "give data=, or example_input="),
+    }
+    for name, (content, message) in files.items():
+        Path(name).write_text(content)
+        assert message in refused(capsys, "run", name, "--model", "lenet5", "--output", "net.lcz")
+    Path("g.yaml").write_text('space: {"*": {bits: [2, 4]}}\npopulatoin: 3')
+    base = ("search", "g.yaml", "--model", "lenet5", "--output", "net.lcz")
+    assert "did you mean 'population'" in refused(capsys, *base)
+    Path("g.yaml").write_text('space: {"*": {bits: [2, 4]}}')
+    assert "allowed endings" in refused(capsys, *base, "--front", "front.txt")
+    assert "unknown backend" in refused(capsys, *base, "--backend", "luck")
+    Path("front.csv").touch()
+    assert "--force" in refused(capsys, *base, "--front", "front.csv")
+    assert "missing.yaml" in refused(
+        capsys, "run", "missing.yaml", "--model", "lenet5", "--output", "net.lcz"
+    )
+    assert not Path("net.lcz").exists()
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------

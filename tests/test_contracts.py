@@ -43,6 +43,10 @@ def quantize(**options: Any) -> Case:
     return Case(tuple(lc.Quantize(bits, **options) for bits in (8, 4, 2)), None, options)
 
 
+def share(**options: Any) -> Case:
+    return Case(tuple(lc.ShareWeights(clusters=c, **options) for c in (16, 8, 4)), None, options)
+
+
 _OPERATORS = ("operators",)
 
 
@@ -86,6 +90,13 @@ CASES = [
     dataclasses.replace(prune(criterion="wanda"), kinds=("net",)),
     Case(tuple(lc.RemoveChannels(r) for r in (0.25, 0.5, 0.75)), lc.RemoveChannels(0.0), None, ("net",)),
     Case((lc.RemoveChannels(0.5, reconstruct=True, samples=32),), None, {"reconstruct": True}, ("net",)),
+    Case(tuple(lc.RateDistortionQuantize(step=s) for s in (0.2, 0.5, 1.0))),
+    share(),
+    dataclasses.replace(share(scope="global"), kinds=("net",)),
+    dataclasses.replace(share(block=2), kinds=("net",)),
+    dataclasses.replace(share(codebook_bits=8, importance="fisher"), kinds=("net",)),
+    Case(tuple(lc.ShareWeights("hash", ratio=r) for r in (0.5, 0.25)), None, {"strategy": "hash"}, ("net",)),
+    Case((lc.ShareWeights("adaptive", ratio=0.3),), None, {"strategy": "adaptive"}, ("net",)),
     Case((ReestimateBatchNorm(samples=32),), ReestimateBatchNorm(momentum=0.0)),
 ]
 
@@ -232,7 +243,7 @@ def test_same_seed_same_plan_same_bytes(case, kind):
 
 def test_strength_zero_is_the_identity(case, kind):
     if case.identity is None:
-        assert case.levels[0].structural  # no strength: all or nothing
+        assert case.levels[0].structural or case.levels[0].stage == "grid"  # no strength: all or nothing
         return
     assert same(run(case.identity, model(kind)).model, model(kind))
 

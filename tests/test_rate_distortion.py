@@ -250,5 +250,5 @@ def test_what_cannot_be_done_says_why() -> None:
         lc.compress(net(), [QUANTIZE(rounding="compensated")])
     with pytest.raises(ValueError, match="more than 32767 steps"):
         lc.compress(net(), [QUANTIZE(step=1e-7)])
-    with pytest.raises(lc.NothingChangedError, match="ReLU|no layer fits|no parameters"):
+    with pytest.raises(lc.NothingChangedError, match="changed nothing"):
         lc.compress(nn.Sequential(nn.BatchNorm1d(4)), [QUANTIZE()])

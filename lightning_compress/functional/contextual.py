@@ -18,11 +18,13 @@ end are left out.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from lightning_compress.functional.compiled import compiled
 
 Array = npt.NDArray[Any]
 
@@ -49,6 +51,12 @@ _COARSE = np.searchsorted(_EDGES, np.arange(1 << 16) << 8, side="right").astype(
 
 def _start() -> tuple[Array, Array, Array]:
     """Shift of every context; cumulative frequencies [contexts, tokens] and counts before the first symbol."""
+    shifts, tables = _prior()
+    return shifts, tables.copy(), np.zeros(len(shifts), dtype=np.int64)
+
+
+@cache
+def _prior() -> tuple[Array, Array]:
     middles = [(low + high) // 2 for low, high in zip((0, *_EDGES), (*_EDGES, 1 << 24), strict=True)]
     shifts = np.array([max(0, (3 * m // 256).bit_length() - 3) for m in middles], dtype=np.int64)
     tables = np.empty((len(middles), _TOKENS), dtype=np.int32)
@@ -64,7 +72,7 @@ def _start() -> tuple[Array, Array, Array]:
         total, spare = sum(order), _WHOLE - _LEAST * _TOKENS
         sums = np.cumsum(np.array(order, dtype=np.int64)) * spare // total
         tables[c] = sums + _LEAST * np.arange(1, _TOKENS + 1)
-    return shifts, tables, np.zeros(len(middles), dtype=np.int64)
+    return shifts, tables
 
 
 def adaptive_encode(symbols: Array) -> bytes:
@@ -134,19 +142,19 @@ def adaptive_decode(data: bytes, count: int) -> Iterator[Array]:
         raise ValueError(f"adaptive: {size} bytes, of which {at} are used, or they do not end so")
 
 
-@njit(cache=True)
+@compiled()
 def _context(level: int) -> int:
     return int(_FINE[level]) if level < 16384 else int(_COARSE[level >> 8])
 
 
-@njit(cache=True)
+@compiled()
 def _learn(table: Array, token: int, rate: int) -> None:
     for i in range(_TOKENS - 1):
         goal = _LEAST * (i + 1) + (_WHOLE - _LEAST * _TOKENS if i >= token else 0)
         table[i] += (goal - table[i]) >> rate
 
 
-@njit(cache=True)
+@compiled()
 def _emit(low: int, cache: int, pending: int, at: int, out: Array) -> tuple[int, int, int, int]:
     """Move the highest byte of ``low`` out; bytes of 255 wait until it is known whether a carry reaches them."""
     if low < 0xFF000000 or low > 0xFFFFFFFF:
@@ -158,7 +166,7 @@ def _emit(low: int, cache: int, pending: int, at: int, out: Array) -> tuple[int,
     return (low & 0x00FFFFFF) << 8, cache, pending + 1, at
 
 
-@njit(cache=True)
+@compiled()
 def _encode(
     symbols: Array, centre: int, shifts: Array, tables: Array, seen: Array, state: Array, out: Array
 ) -> int:
@@ -210,7 +218,7 @@ def _encode(
     return at
 
 
-@njit(cache=True)
+@compiled()
 def _decode(
     out: Array, centre: int, shifts: Array, tables: Array, seen: Array, state: Array, data: Array
 ) -> bool:

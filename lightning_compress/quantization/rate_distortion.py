@@ -29,6 +29,7 @@ from lightning_compress.stats.matrices import (
     real_grams,
     real_matrices,
 )
+from lightning_compress.stats.tracker import is_spectral
 from lightning_compress.targets import Target, survey
 from lightning_compress.transform import Transform
 
@@ -196,7 +197,7 @@ class RateDistortionQuantize(Transform):
             return layers
         seen: dict[str, Stats] = {}
         if self.rounding == "compensated" or (self.rounding == "auto" and not inputs.is_noise(model)):
-            able = [t for t in targets if has_gram(t) or _is_spectral(t)]
+            able = [t for t in targets if has_gram(t) or (is_spectral(t) and t.axes.in_ is not None)]
             fields = {
                 t.key: ["gram", *(["input_mean"] if has_gram(t) and bias_of(t) is not None else [])]
                 for t in able
@@ -340,7 +341,3 @@ def _decision(target: Target, param: str, q: Tensor, scale: Tensor) -> dict[str,
 def _planes(mask: Tensor, weight: Tensor) -> Tensor:
     """A mask as numbers, the same for real and imaginary part."""
     return torch.complex(mask.float(), mask.float()) if weight.is_complex() else mask.float()
-
-
-def _is_spectral(target: Target) -> bool:
-    return target.weight.is_complex() and target.axes.in_ is not None

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lightning_compress.functional.allocate import Allocation, multiple_choice_knapsack
 from lightning_compress.functional.groups import real
-from lightning_compress.stats import Calibration, collect
-from lightning_compress.stats.running import call, evaluating, first_tensor
+from lightning_compress.stats import Calibration
+from lightning_compress.stats.sensitivity import MEASURES
+from lightning_compress.stats.sensitivity import losses as losses_of
 from lightning_compress.targets import Target
 
-MEASURES = ("auto", "weight", "output", "fisher")
-_OUTPUT_SAMPLES = 128  # one forward pass per layer and candidate: more would take long and rank no better
+__all__ = ["MEASURES", "allocate", "measure"]
 
 Rounded = Callable[[Target, int], Tensor]  # a target's weight at so many bits
 
@@ -31,18 +27,14 @@ def measure(
     how: str,
     data: Calibration | None,
 ) -> list[list[float]]:
-    r"""The loss Omega_l(b) of every layer at every number of bits, all other layers left alone.
-
-    - "weight": ``|W - W^|^2 / |W|^2``
-    - "fisher": ``sum E[g^2] (w - w^)^2``
-    - "output": ``|f(x) - f_l(x)|^2 / |f(x)|^2`` over at most 128 samples
+    """The loss of every layer at every number of bits, all other layers left alone.
 
     Args:
         model: any module; it is left as it was.
         targets: its weights.
         candidates: numbers of bits.
         rounded: gives the weight of a target at so many bits.
-        how: one of ``MEASURES`` but "auto".
+        how: a measure of ``lightning_compress.stats.sensitivity.losses``.
         data: calibration inputs, for "output" and "fisher".
 
     Returns:
@@ -50,43 +42,9 @@ def measure(
 
     Source: Cai et al. 2020, ZeroQ; Dong et al. 2019, HAWQ.
     """
-    if how == "weight":
-
-        def lost(target: Target, bits: int) -> float:
-            weight = target.weight.detach()
-            return float(_square(weight - rounded(target, bits)) / _square(weight).clamp_min(1e-30))
-
-    elif how == "fisher":
-        assert data is not None
-        seen = collect(model, targets, data, ["gradient"])
-
-        def lost(target: Target, bits: int) -> float:
-            gradient = seen[target.key].gradient
-            assert gradient is not None
-            error = (target.weight.detach() - rounded(target, bits)).abs().double().square()
-            return float((gradient.double() * error).sum())
-
-    else:
-        assert data is not None
-        few = replace(data, samples=min(data.samples, _OUTPUT_SAMPLES))
-        batches = list(few.batches(model))
-        reference = _outputs(model, batches)
-        size = _square(reference).clamp_min(1e-30)
-
-        def lost(target: Target, bits: int) -> float:
-            weight = target.weight
-            kept = weight.detach().clone()
-            try:
-                weight.data.copy_(rounded(target, bits))
-                return float(_square(_outputs(model, batches) - reference) / size)
-            finally:
-                weight.data.copy_(kept)
-
     pairs = [(t, b) for t in targets for b in candidates]
-    shown = tqdm(pairs, desc="sensitivity", unit="layer", leave=False, disable=how == "weight", delay=2)
-    losses = [lost(target, bits) for target, bits in shown]
-    width = len(candidates)
-    return [losses[i : i + width] for i in range(0, len(losses), width)]
+    found, width = losses_of(model, pairs, rounded, how, data), len(candidates)
+    return [found[i : i + width] for i in range(0, len(found), width)]
 
 
 def allocate(
@@ -128,13 +86,3 @@ def allocate(
     solved = multiple_choice_knapsack(monotone, costs, total - spent)
     chosen = {t.key: candidates[i] for t, i in zip(free, solved.choice, strict=True)}
     return {**fixed, **chosen}, solved
-
-
-def _square(x: Tensor) -> Tensor:
-    return x.detach().abs().double().square().sum()
-
-
-def _outputs(model: nn.Module, batches: Sequence[Any]) -> Tensor:
-    with evaluating(model):
-        found = [first_tensor(call(model, batch)) for batch in batches]
-    return torch.cat([t.double().flatten() for t in found if t is not None])

@@ -138,7 +138,7 @@ class Calibration:
         Returns:
             True for the sampler "normal".
         """
-        return self._sampler(model) == "normal"
+        return bool(self._sampler(model) == "normal")
 
     def example(self, model: nn.Module) -> Any:
         """One input: the given one, else the first batch of the data; None if there is neither.

@@ -102,18 +102,25 @@ def real_matrices(target: Target, values: Tensor) -> Tensor:
     """
     if not values.is_complex():
         return matrices(target, values).double()
-    rows = values.movedim((target.axes.out, target.axes.in_ or 0), (-2, -1)).flatten(0, -3)
+    rows = values.movedim(_ends(target), (-2, -1))
+    rows = rows.reshape(-1, *rows.shape[-2:])
     return torch.cat([rows.real, rows.imag], 2).double()
 
 
 def from_real(target: Target, rows: Tensor) -> Tensor:
     """Inverse of ``real_matrices``; what belongs to a complex weight gets a last axis of real and imaginary part."""
-    weight, axes = target.weight, target.axes
+    weight, ends = target.weight, _ends(target)
     if not weight.is_complex():
         return weight_like(target, rows)
-    rest = [n for axis, n in enumerate(weight.shape) if axis not in (axes.out, axes.in_)]
+    rest = [n for axis, n in enumerate(weight.shape) if axis not in ends]
     planes = torch.stack(rows.chunk(2, 2), -1).view(*rest, *rows.shape[1:2], -1, 2)
-    return planes.movedim((-3, -2), (axes.out, axes.in_ or 0))
+    return planes.movedim((-3, -2), ends)
+
+
+def _ends(target: Target) -> tuple[int, int]:
+    """Axes of outputs and inputs; of a weight without inputs of its own, another one takes their place."""
+    out, in_ = target.axes
+    return out, in_ if in_ is not None else 0 if out else 1
 
 
 def real_grams(target: Target, gram: Tensor) -> Tensor:

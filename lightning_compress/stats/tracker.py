@@ -121,9 +121,9 @@ class Tracker:
                 self._widen(extremes, tensor)
                 if counts in self.wanted:
                     self.histograms[counts].add(tensor)
-        if x is not None and self.wanted & FACTORS and _is_spectral(self.target):
+        if x is not None and self.wanted & FACTORS and is_spectral(self.target):
             self._spectral(module, self._finite(x))
-        if out is not None and self.wanted & OUTPUTS and _is_spectral(self.target):
+        if out is not None and self.wanted & OUTPUTS and is_spectral(self.target):
             self._add_outputs(out, [0, *range(2, out.dim())])
 
     def missing(self) -> set[str]:
@@ -240,7 +240,7 @@ def _moments(x: Tensor, axes: list[int]) -> Tensor:
     return torch.stack([squares, sums, torch.full_like(sums, math.prod(x.shape[a] for a in axes))])
 
 
-def _is_spectral(target: Target) -> bool:
+def is_spectral(target: Target) -> bool:
     """Whether it is the dense weight of a spectral convolution, not a factor of one."""
     whole = getattr(getattr(target.module, "weight", None), "shape", None)
     return hasattr(target.module, "max_n_modes") and tuple(target.weight.shape) == tuple(whole or ())
