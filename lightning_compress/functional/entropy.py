@@ -95,7 +95,7 @@ def encode(symbols: npt.ArrayLike, coder: str = "auto") -> tuple[str, bytes]:
     Examples:
         >>> name, data = encode(np.array([5, 7, 5, 5] * 3))
         >>> name, len(data), decode(data, 12, name).tolist()[:4]
-        ('bitpack', 6, [5, 7, 5, 5])
+        ('adaptive', 5, [5, 7, 5, 5])
 
     References:
         Duda, "Asymmetric numeral systems", 2013 (ans); Martin, "Range encoding", 1979 (range, adaptive).

@@ -21,7 +21,7 @@ def code_bits(codes: Tensor, reach: int) -> Tensor:
 
     Examples:
         >>> code_bits(torch.tensor([0, 0, 0, 1]), 1).round()
-        tensor([2., 0., 2.], dtype=torch.float64)
+        tensor([5., 0., 2.], dtype=torch.float64)
 
     Source: Sullivan & Wiegand 1998, Rate-Distortion Optimization for Video Compression.
     """

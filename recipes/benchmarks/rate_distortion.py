@@ -13,7 +13,28 @@ network whose weights are decided into bytes (nncodec's cannot be separated from
 before, "decode" gives a network; best of several turns, each side in turn. Peak memory is that of the process above
 where it stood.
 
-RESULTS
+Measured with seed 0, one run, half of the test data (5,000 images: standard error 0.39 points on CIFAR-10 and 0.12 on
+MNIST; 25 Darcy fields, 16 x 16), nncodec 2.1.3. In every row ours is as accurate as nncodec within the standard error:
+
+    network              nncodec                      this library              bytes, ours
+                         bytes    score    OER        bytes    score    OER     over nncodec's
+    ResNet-20  91.50   193,488    91.60   0.50      137,004    91.48   0.94     0.71
+      1,084,392 B      159,933    91.58   1.18      103,412    91.54   1.70     0.65
+                       128,829    91.42   2.60       79,993    91.30   3.16     0.62
+                       100,026    89.48   5.70       59,879    90.92   4.62     0.60
+    ResNet-56  93.30   525,921    93.36   0.52      377,451    93.38   0.34     0.72
+      3,428,328 B      424,289    93.20   0.86      250,052    93.40   1.12     0.59
+                       331,265    92.88   2.48      218,412    92.84   2.36     0.66
+    LeNet-5    99.28    42,325    99.22   0.06       23,934    99.24   0.08     0.57
+      246,824 B         34,623    99.22   0.14       18,551    99.26   0.22     0.54
+                        27,407    99.32   0.04       16,222    99.22   0.18     0.59
+    FNO         9.04   175,543     9.12   0.92       64,519     9.01   1.03     0.37
+      767,524 B        151,002     9.09   1.00       57,377     9.12   1.19     0.38
+      (errors in %)    126,398     9.46   2.83       43,199     9.22   2.21     0.34
+
+What it costs: inputs are synthesized once (ResNet-20: a minute; ResNet-56 with --samples 128: two), deciding takes 20 to
+60 s a rate on these machines; LeNet-5 takes a second. nncodec decides and encodes in under a second.
+Machine: 2 shared cores of an Intel Xeon at 2.1 GHz, CPU only. Python 3.11, torch 2.15.0.
 """
 
 from __future__ import annotations
@@ -158,7 +179,9 @@ class Standard:
 class Ours:
     """The archive of what ``compress`` made."""
 
-    def __init__(self, given: Problem, bits: float, inputs: list[Tensor], folder: Path, seed: int) -> None:
+    def __init__(
+        self, given: Problem, bits: float, inputs: str | list[Tensor], folder: Path, seed: int
+    ) -> None:
         self.given, self.path = given, folder / "net.lcz"
         transforms: list[lc.Transform] = [lc.RateDistortionQuantize(bits=bits)]
         if any(isinstance(m, nn.BatchNorm2d) for m in given.net.modules()):
@@ -198,7 +221,8 @@ def _resident(status: Path, key: str) -> int:
 def rows(name: str, given: Problem, options: argparse.Namespace) -> list[list[Any]]:
     options.output_dir.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
-    inputs = list(Calibration(given.inputs[:1], None, options.samples, options.seed).batches(given.net))
+    source = Calibration(given.inputs[:1], None, options.samples, options.seed)
+    inputs = "normal" if source.is_noise(given.net) else list(source.batches(given.net))
     drawn = time.perf_counter() - begin
     original = given.outputs(given.net)
     dense = dense_bytes(given.net)
