@@ -6,6 +6,7 @@ from lightning_compress.batchnorm import ReestimateBatchNorm
 from lightning_compress.benchmark import benchmark
 from lightning_compress.callbacks.batchnorm import BatchNormReestimation
 from lightning_compress.callbacks.fusion import BatchNormFusion
+from lightning_compress.callbacks.keeping import KeepCompressed
 from lightning_compress.callbacks.monitor import CompressionMonitor
 from lightning_compress.callbacks.pruning import ScheduledPruning
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
@@ -53,6 +54,7 @@ __all__ = [
     "DropLayers",
     "Factorize",
     "FuseBatchNorm",
+    "KeepCompressed",
     "Log2",
     "LowRankRegularization",
     "MergeFactors",

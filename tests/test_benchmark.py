@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress import archive
+from lightning_compress import archive, codes
 from lightning_compress.benchmark import BenchmarkReport, benchmark
 from lightning_compress.compress import compress
 from lightning_compress.cost import cost
 from lightning_compress.pruning.sparsify import Prune
+from lightning_compress.quantization import Quantize, training
 
 
 class Slow(nn.Module):
@@ -158,6 +159,33 @@ def test_speed_up_is_the_median_of_paired_ratios(monkeypatch: pytest.MonkeyPatch
     assert compared.speed_up == 5.0  # of 2, 5 and 25
     assert compared.latency_ms == 2.0 and compared.latency_ms_p90 == 2.0
     assert compared.baseline.latency_ms == 9.0 and compared.baseline.latency_ms_mean == pytest.approx(128 / 6)
+
+
+def test_differences_are_this_model_minus_the_original() -> None:
+    original = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+    small = compress(original, [Prune(0.9)]).model
+    compared = benchmark(small, torch.randn(2, 64), baseline=original, warmup=0, runs=2, output=".")
+    written = json.loads(Path("benchmark_results.json").read_text())
+    assert written == compared.to_json()
+    ours, theirs, differences = written, written["baseline"], written["differences"]
+    assert {"latency_ms", "latency_ms_p10", "latency_ms_p90", "throughput", "file_bytes"} < differences.keys()
+    for name, value in differences.items():
+        assert value == pytest.approx(ours[name] - theirs[name], rel=1e-9)
+    assert differences["file_bytes"] < -10_000 and differences["params"] == differences["macs"] == 0
+    assert written["compression_ratio"] == written["dense_bytes"] / written["file_bytes"]
+    for side in (ours, theirs):
+        assert [layer["name"] for layer in side["layers"]] == ["", "0", "1"]
+        assert {"calls", "time_share", "params", "macs", "activation_bytes"} <= side["layers"][1].keys()
+    alone = benchmark(small, torch.randn(2, 64), warmup=0, runs=1, layerwise=False)
+    assert alone.differences == {} and alone.to_json()["layers"] == []
+
+
+def test_fake_quantized_models_get_the_note() -> None:
+    """Quantizers in training leave no codes on the layers."""
+    net = nn.Sequential(nn.Linear(8, 8))
+    training.install(net, Quantize(4), "fake_quant", 0.01, None)
+    assert not list(codes.of(net))
+    assert "runs no faster" in benchmark(net, torch.zeros(1, 8), warmup=0, runs=1, layerwise=False).note
 
 
 def test_dense_model_gets_no_note(report: BenchmarkReport) -> None:

@@ -24,6 +24,7 @@ from lightning_compress.archive import save
 from lightning_compress.benchmark.report import UNKNOWN, BenchmarkReport, LayerTime, Measurement
 from lightning_compress.container import replacing
 from lightning_compress.cost import Cost, cost
+from lightning_compress.finalize import StandIn
 from lightning_compress.names import clean
 from lightning_compress.stats.running import (
     call,
@@ -34,6 +35,9 @@ from lightning_compress.stats.running import (
     observing,
     unwrap,
 )
+
+FILE = "benchmark_results.json"
+"""What is written when ``output`` is a folder."""
 
 NOTE = (
     "note: masks, grids and codebooks make the file smaller, not the computation: such a model runs no faster by "
@@ -65,7 +69,8 @@ def benchmark(
         warmup: passes before the clock counts, >= 0.
         runs: timed passes, >= 1.
         layerwise: whether to measure layers too.
-        output: JSON file to write; it is replaced only when the new one is complete.
+        output: JSON file to write, or a folder that gets ``benchmark_results.json``; an old file is replaced only when
+            the new one is complete.
 
     Returns:
         The measurements; ``print`` shows tables.
@@ -81,6 +86,8 @@ def benchmark(
     if warmup < 0 or runs < 1:
         raise ValueError(f"warmup={warmup}, runs={runs}: allowed are warmup >= 0 and runs >= 1.")
     path = None if output is None else Path(output)
+    if path is not None and path.is_dir():
+        path = path / FILE
     if path is not None and not path.absolute().parent.is_dir():
         raise ValueError(f"the folder of output={str(path)!r} does not exist: make it first.")
     before, times, after = _times(model, baseline, x, warmup, runs)
@@ -90,7 +97,8 @@ def benchmark(
     if baseline is not None:
         theirs = _measure(baseline, x, [*before, *after], cost(baseline, x), runs if layerwise else 0)
         speed_up = float(np.median((np.array(before) + np.array(after)) / 2 / np.array(times)))
-    coded = any(True for _ in codes.of(model)) or counted.sparsity > 0.1
+    rounding = any(isinstance(module, StandIn) for module in model.modules())
+    coded = rounding or any(True for _ in codes.of(model)) or counted.sparsity > 0.1
     setting = {
         "device": _device_name(device_of(model)),
         "threads": torch.get_num_threads(),

@@ -91,9 +91,17 @@ class BenchmarkReport(Measurement):
     setting: dict[str, Any]
     note: str
 
+    @property
+    def differences(self) -> dict[str, float]:
+        """This model's totals minus the original's, by name; empty without a baseline."""
+        if self.baseline is None:
+            return {}
+        return {field: getattr(self, field) - getattr(self.baseline, field) for _, field in _ROWS}
+
     def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values; unknown numbers are null."""
-        values: dict[str, Any] = _plain(dataclasses.asdict(self))
+        """Everything as JSON values, with differences and compression ratio; unknown numbers are null."""
+        derived = {"differences": self.differences, "compression_ratio": self.compression_ratio}
+        values: dict[str, Any] = _plain(dataclasses.asdict(self) | derived)
         return values
 
     def __str__(self) -> str:

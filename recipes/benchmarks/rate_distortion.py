@@ -32,8 +32,8 @@ MNIST; 25 Darcy fields, 16 x 16), nncodec 2.1.3. In every row ours is as accurat
       767,524 B        151,002     9.09   1.00       57,377     9.12   1.19     0.38
       (errors in %)    126,398     9.46   2.83       43,199     9.22   2.21     0.34
 
-What it costs: inputs are synthesized once (ResNet-20: a minute; ResNet-56 with --samples 128: two), deciding takes 20 to
-60 s a rate on these machines; LeNet-5 takes a second. nncodec decides and encodes in under a second.
+What it costs: inputs are synthesized once (ResNet-20: a minute; ResNet-56 with --samples 128: two), deciding takes 20
+to 60 s a rate on these machines; LeNet-5 takes a second. nncodec decides and encodes in under a second.
 Machine: 2 shared cores of an Intel Xeon at 2.1 GHz, CPU only. Python 3.11, torch 2.15.0.
 """
 
