@@ -117,7 +117,8 @@ def encode(model: nn.Module, coder: str, metadata: Any) -> tuple[Header, list[by
             continue
         kept = tuple(payload.store(key, *_parts(value), pool=key) for key, value in arrays.items())
         whole = Array(name, *_parts(state[name])[:2])
-        coded.append(Coded(whole, code.kind, param, code.config(), kept))
+        config = {key: value for key, value in code.config().items() if key != "shape"}  # the tensor's: once
+        coded.append(Coded(whole, code.kind, param, config, kept))
     left = state.keys() - aliases.keys() - {c.tensor.name for c in coded}
     plain = tuple(payload.store(n, *_parts(t), pool="") for n, t in state.items() if n in left)
     applied = tuple((part, step.to_json()) for part, step in transform.applied(model))
@@ -157,7 +158,7 @@ def decode(reader: Reader) -> Iterator[tuple[str, Tensor, Code | None]]:
             arrays = {
                 array.name: _tensor(reader.words(array, pool=array.name), array) for array in coded.arrays
             }
-            code = Code.registry[coded.kind].restore(arrays, coded.config)
+            code = Code.registry[coded.kind].restore(arrays, coded.config | {"shape": whole.shape})
             tensor = code.rebuild(arrays, _DTYPES[whole.dtype])
             if tensor.dtype != _DTYPES[whole.dtype] or tuple(tensor.shape) != whole.shape:
                 raise ValueError(f"its code gives {tensor.dtype} {tuple(tensor.shape)}, not {whole.shape}")
