@@ -61,7 +61,6 @@ from lightning_compress.tables import text
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import cifar_resnet
-import lenet5
 
 QP = (-32, -28, -24, -20)
 BITS = (4.0, 3.5, 3.0, 2.6, 2.3, 2.0, 1.7)
@@ -118,8 +117,10 @@ def problem(name: str, data: Path, limit: int | None) -> Problem:
         def build() -> nn.Module:
             return load_weights(lc.models.LeNet5(), data / "lenet5_mnist.safetensors").eval()
 
-        given = lenet5.read(data / "mnist.npz")
-        return Problem(build, build(), given["x_test"][:limit], given["y_test"][:limit])
+        with np.load(data / "mnist.npz") as pack:
+            x = torch.from_numpy(pack["x_test"][:limit]).float()[:, None] / 255
+            y = torch.from_numpy(pack["y_test"][:limit]).long()
+        return Problem(build, build(), (x - 0.1307) / 0.3081, y)
     if name == "fno":
         from neuralop.models import FNO
 
@@ -253,9 +254,8 @@ def rows(name: str, given: Problem, options: argparse.Namespace) -> list[list[An
             ]
         )
         print(*found[-1], flush=True)
-    timed(
-        name, made[options.qp.index(sorted(options.qp)[len(options.qp) // 2])][1], made[-1][1], options, dense
-    )
+    if options.qp and options.turns:
+        timed(name, made[len(options.qp) // 2][1], made[-1][1], options, dense)
     return found
 
 
@@ -292,10 +292,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of packs and checkpoints")
     parser.add_argument("--models", nargs="+", default=["resnet20", "resnet56", "lenet5", "fno"])
-    parser.add_argument("--qp", nargs="*", type=int, default=list(QP))
+    parser.add_argument("--qp", nargs="*", type=int, default=list(QP), help="none: without nncodec")
     parser.add_argument("--bits", nargs="+", type=float, default=list(BITS))
     parser.add_argument("--samples", type=int, default=256, help="inputs that are made from the network")
-    parser.add_argument("--turns", type=int, default=5, help="timed turns")
+    parser.add_argument("--turns", type=int, default=5, help="timed turns, 0: none")
     parser.add_argument("--limit-test", type=int, help="use the first so many test inputs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/rate_distortion"))
