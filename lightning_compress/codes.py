@@ -8,18 +8,20 @@ never appear in a ``state_dict``.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.functional.masks import apply_mask_
+from lightning_compress.functional.masks import apply_mask_, pack_bits, unpack_bits
 from lightning_compress.names import clean
 from lightning_compress.targets import Target, parameter
 
+_PIECE = 1 << 18  # entries of a mask that are unpacked at a time, a multiple of 8
 _SLOT = "_compression_codes"  # layer.__dict__[_SLOT]: parameter name -> Code
 
 
@@ -87,6 +89,18 @@ class Code(ABC):
     def bits(self, weight: Tensor) -> int:
         """Counted storage bits of the weight under this code, before entropy coding."""
 
+    def holds(self, arrays: Mapping[str, Tensor], weight: Tensor) -> bool:
+        """Whether ``rebuild`` gives every bit of the weight.
+
+        Args:
+            arrays: what ``arrays`` returned for it.
+            weight: the layer's weight.
+
+        Returns:
+            True if it does.
+        """
+        return same_bits(self.rebuild(arrays, weight.dtype), weight)
+
     def scaled(self, weight: Tensor, factor: Tensor, axis: int) -> tuple[Tensor, Code] | None:
         """The weight with every index of an axis multiplied by a factor, if a code of this kind can hold it.
 
@@ -103,8 +117,7 @@ class Code(ABC):
 
     def matches(self, weight: Tensor) -> bool:
         """Whether the weight still is what the code says, bit for bit."""
-        rebuilt = self.rebuild(self.arrays(weight), weight.dtype)
-        return same_bits(rebuilt, weight)
+        return self.holds(self.arrays(weight), weight)
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
@@ -115,12 +128,12 @@ class Code(ABC):
     __hash__ = None  # type: ignore[assignment]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Mask(Code):
     """Zeros at known places; everything else free.
 
     Args:
-        mask: bool tensor on the CPU, shape of the weight, True = kept.
+        mask: bool tensor, shape of the weight, True = kept; it is held with one bit an entry.
 
     Examples:
         >>> weight = torch.tensor([0.0, 1.5, 0.0])
@@ -130,32 +143,115 @@ class Mask(Code):
         False
     """
 
-    mask: Tensor
+    packed: Tensor
+    shape: tuple[int, ...]
     kind: ClassVar[str] = "mask"
     stage: ClassVar[str] = "mask"
 
+    def __init__(self, mask: Tensor) -> None:
+        if mask.dtype != torch.bool:  # integers would be taken as positions
+            raise ValueError(f"a mask has dtype {mask.dtype}; allowed is torch.bool.")
+        self._set(pack_bits(mask), mask.shape)
+
+    @classmethod
+    def of_bits(cls, packed: Tensor, shape: Sequence[int]) -> Mask:
+        """The mask of packed bits, which are not copied.
+
+        Args:
+            packed: what ``functional.masks.pack_bits`` returned.
+            shape: of the weight.
+
+        Returns:
+            The code.
+
+        Raises:
+            ValueError: the number of bytes does not fit the shape.
+
+        Examples:
+            >>> Mask.of_bits(torch.tensor([160], dtype=torch.uint8), (3,)).mask
+            tensor([ True, False,  True])
+        """
+        needed = -(-math.prod(shape) // 8)
+        if packed.dtype != torch.uint8 or packed.shape != (needed,):
+            raise ValueError(
+                f"{packed.dtype} of shape {tuple(packed.shape)} is no mask of shape {tuple(shape)}: torch.uint8 of "
+                f"shape ({needed},) is."
+            )
+        code = cls.__new__(cls)
+        code._set(packed.detach().cpu(), shape)
+        return code
+
+    def _set(self, packed: Tensor, shape: Sequence[int]) -> None:
+        object.__setattr__(self, "packed", packed)
+        object.__setattr__(self, "shape", tuple(shape))
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool tensor on the CPU, shape of the weight, True = kept."""
+        return unpack_bits(self.packed, self.shape)
+
+    @property
+    def kept(self) -> int:
+        """Number of entries that are kept."""
+        return sum(int(mask.sum()) for mask, _ in self._pieces())
+
+    def _pieces(self) -> Iterator[tuple[Tensor, slice]]:
+        """The mask in parts, and which entries they are for."""
+        count = math.prod(self.shape)
+        for start in range(0, count, _PIECE):
+            part = slice(start, min(start + _PIECE, count))
+            packed = self.packed[start // 8 : -(-part.stop // 8)]
+            yield unpack_bits(packed, (part.stop - part.start,)), part
+
     def arrays(self, weight: Tensor) -> dict[str, Tensor]:
         """Mask and the kept values in order."""
-        return {"mask": self.mask, "values": weight.detach().cpu()[self.mask]}
+        if self.shape != tuple(weight.shape):
+            raise ValueError(f"a mask of shape {self.shape} for a weight of shape {tuple(weight.shape)}.")
+        flat = weight.detach().cpu().reshape(-1)
+        values, place = torch.empty(self.kept, dtype=weight.dtype), 0
+        for mask, part in self._pieces():
+            found = flat[part][mask]
+            values[place : place + len(found)] = found
+            place += len(found)
+        return {"mask": self.mask, "values": values}
 
     def rebuild(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Zeros with the values written at the kept places."""
-        if arrays["mask"].dtype != torch.bool:  # integers would be taken as positions
-            raise ValueError(f"a mask has dtype {arrays['mask'].dtype}; allowed is torch.bool.")
-        weight = torch.zeros(arrays["mask"].shape, dtype=dtype)
-        weight[arrays["mask"]] = arrays["values"]
-        return weight
+        values, place = arrays["values"], 0
+        if self.kept != len(values):
+            raise ValueError(f"{len(values)} values for {self.kept} kept entries.")
+        weight = torch.zeros(math.prod(self.shape), dtype=dtype)
+        for mask, part in self._pieces():
+            count = int(mask.sum())
+            weight[part][mask] = values[place : place + count].to(dtype)
+            place += count
+        return weight.view(self.shape)
+
+    def holds(self, arrays: Mapping[str, Tensor], weight: Tensor) -> bool:
+        """Whether every bit of the masked entries is zero."""
+        flat = weight.detach().cpu().contiguous().reshape(-1)
+        return not any(bool(flat[part][~mask].view(torch.uint8).any()) for mask, part in self._pieces())
 
     def bits(self, weight: Tensor) -> int:
         """``min(b N, b kept + N)``, b bits an entry: values plus one bit a position, or dense when that is less."""
-        width = weight.element_size() * 8
-        return min(width * self.mask.numel(), width * int(self.mask.sum()) + self.mask.numel())
+        width, count = weight.element_size() * 8, math.prod(self.shape)
+        return min(width * count, width * self.kept + count)
+
+    def config(self) -> dict[str, Any]:
+        """Nothing: all of it is in the arrays."""
+        return {}
+
+    @classmethod
+    def restore(cls, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Mask:
+        """The mask that ``arrays`` came from."""
+        return cls(arrays["mask"])
 
     def matches(self, weight: Tensor) -> bool:
         """Whether shapes agree and every masked entry is zero."""
-        if self.mask.shape != weight.shape:
+        if self.shape != tuple(weight.shape):
             return False
-        return not bool((weight.detach() != 0)[~self.mask.to(weight.device)].any())
+        flat = weight.detach().reshape(-1)
+        return not any(bool((flat[part].cpu()[~mask] != 0).any()) for mask, part in self._pieces())
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -265,4 +361,4 @@ def set_mask(module: nn.Module, param: str, mask: Tensor) -> None:
     """
     weight = parameter(module, param)
     apply_mask_(weight, mask.to(weight.device))
-    attach(module, param, Mask(mask.detach().cpu().clone()))
+    attach(module, param, Mask(mask))

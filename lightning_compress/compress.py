@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_compress import codes, tables
 from lightning_compress.cost import Cost, cost
+from lightning_compress.functional.finite import nonfinite
 from lightning_compress.names import clean
 from lightning_compress.plans import Plan
 from lightning_compress.stats import Calibration
@@ -115,7 +116,7 @@ def check_order(transforms: Sequence[Transform], model: nn.Module) -> None:
 
 def _check_finite(model: nn.Module) -> None:
     for name, weight in model.named_parameters():
-        bad = 0 if weight.is_meta else int((~torch.isfinite(weight.detach())).sum())
+        bad = 0 if weight.is_meta else nonfinite(weight)
         if weight.is_meta or bad:
             what = (
                 "is on the meta device, so it has no values"
@@ -146,8 +147,8 @@ def compress(
             ``lightning_compress.stats.Calibration``).
         loss: function of the model's output and a batch's labels to a scalar, for methods that look at gradients;
             None takes what is said at ``lightning_compress.stats.collect``.
-        inplace: change ``model`` itself. The work is still done on a copy first, so an error leaves the
-            model as it was.
+        inplace: change ``model`` itself; an error leaves it as it was. One transform that keeps the structure needs
+            no copy of the model then; several, or one that changes it, work on a copy first.
         seed: seed of drawn inputs; the global random state is untouched.
 
     Returns:
@@ -176,6 +177,12 @@ def compress(
     calibration = Calibration(example_input=example_input, data=data, seed=seed, origin=model, loss=loss)
     before = cost(model, example_input)
     start = digests(model)
+    if inplace and len(todo) == 1:
+        plan = todo[0].plan(model, calibration)
+        if not todo[0].structure(plan).layers:  # apply checks the plan before it writes
+            with _codes_kept(model):
+                step = run_step(model, todo[0], calibration, plan=plan, before=start)
+            return Result(model, (step,), step.coverage, before, cost(model, example_input))
     work = copy.deepcopy(model)
     steps = tuple(run_step(work, transform, calibration) for transform in todo)
     if inplace:
@@ -185,3 +192,17 @@ def compress(
         work = model
     skipped = {k: v for step in steps for k, v in step.plan.skipped.items()}
     return Result(work, steps, measured(start, work, skipped), before, cost(work, example_input))
+
+
+@contextmanager
+def _codes_kept(model: nn.Module) -> Iterator[None]:
+    """On an error, the codes are those from before."""
+    held = list(codes.of(model))
+    try:
+        yield
+    except Exception:
+        for _, module, param, _ in list(codes.of(model)):
+            codes.remove(module, param)
+        for _, module, param, code in held:
+            codes.attach(module, param, code)
+        raise

@@ -1,42 +1,32 @@
-"""The bytes of an `.lcz` file: prefix, header, payload, checksum, and every check that needs no model.
+"""The bytes of an `.lcz` file: streams first, then the header, and every check that needs no model.
 
-docs/file-format.md describes them. A header is data: nothing in it names code to import, and what it declares
-is checked before anything of that size is allocated. Functions here raise ValueError; `naming` turns that into
-an `ArchiveError`.
+docs/file-format.md describes them. Functions here raise ValueError; `naming` turns that into an `ArchiveError`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
-import re
-import struct
 import uuid
-import zlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from lightning_compress.functional.arrays import MAX_POOLED, Array, Words, decode_array, encode_array, typed
+from lightning_compress.functional.arrays import MAX_POOLED, Array, Words, decode_array, encode_array
+from lightning_compress.functional.headers import CHECK, SEGMENT, Header
+from lightning_compress.functional.packing import pack, unpack
 
-MAGIC = b"\x89LCZ\r\n\x1a\n"
+MAGIC = b"\x89LCZ"
 VERSION = (1, 0)
-MAX_HEADER = 64 << 20  # bytes, inflated
-MAX_DEPTH = 32
-MAX_MARKS = 1 << 22  # commas, quotes and opening brackets: they bound what parsing allocates
-_PREFIX = struct.Struct("<8sHHIQQ")  # magic, major, minor, flags, header length, payload length
-_INFLATED = struct.Struct("<I")
-_DIGEST = hashlib.sha256().digest_size
-_CHUNK = 1 << 20
-# Fields of a code may take so many bytes for each element of its tensor, and so many more.
-_FIELD_BYTES, _FIELD_SPARE = 16, 1 << 16
+PREFIX = len(MAGIC) + 2
+_LENGTH = 4
+TRAILER = _LENGTH + CHECK
 
 
 class ArchiveError(ValueError):
@@ -54,206 +44,75 @@ def naming(path: Path) -> Iterator[None]:
         raise ArchiveError(message if message.endswith((".", "?")) else f"{message}.") from error
 
 
-@dataclass(frozen=True)
-class Coded:
-    """A tensor that is stored as the fields of its code.
+class Sink(Protocol):
+    """Takes bytes in order."""
+
+    def write(self, data: bytes, /) -> int:
+        """Take some."""
+        ...
+
+
+class Writer:
+    """Writes a file from front to back: every stream as soon as it is made, then the header.
+
+    Arrays must be stored in the order in which the header lists them.
 
     Args:
-        tensor: name, dtype and shape; it has no streams of its own.
-        kind: of the code.
-        param: name of the parameter inside the layer that carries the code.
-        config: options of the code.
-        arrays: fields of the code.
-    """
-
-    tensor: Array
-    kind: str
-    param: str
-    config: dict[str, Any]
-    arrays: tuple[Array, ...]
-
-    @property
-    def layer(self) -> str:
-        """Name of the layer that carries the code."""
-        return self.tensor.name.removesuffix(self.param).removesuffix(".")
-
-    def to_json(self) -> list[Any]:
-        """``[name, dtype, shape, kind, param, config, fields]``."""
-        arrays = [array.to_json() for array in self.arrays]
-        return [*self.tensor.to_json(), self.kind, self.param, self.config, arrays]
-
-    @classmethod
-    def from_json(cls, value: Any) -> Coded:
-        """Inverse of `to_json`; ValueError if malformed, or with fields out of proportion to the tensor."""
-        parts = typed(value, list, "a coded tensor")
-        if len(parts) != 7:
-            raise ValueError(f"a coded tensor has {len(parts)} parts, not 7: {parts!r:.60}")
-        tensor = Array.described(*parts[:3])
-        arrays = tuple(Array.from_json(array) for array in typed(parts[6], list, f"{tensor.name!r}: fields"))
-        _unique([array.name for array in arrays], f"{tensor.name!r}: field")
-        needed, most = sum(a.nbytes for a in arrays), _FIELD_BYTES * tensor.count + _FIELD_SPARE
-        if needed > most:
-            raise ValueError(
-                f"{tensor.name!r}: code of {needed} bytes for {tensor.count} elements; at most {most}"
-            )
-        kind, param = (typed(text, str, f"{tensor.name!r}: kind or param") for text in parts[3:5])
-        return cls(tensor, kind, param, typed(parts[5], dict, f"{tensor.name!r}: config"), arrays)
-
-
-@dataclass(frozen=True)
-class Header:
-    """All of a file but the streams.
-
-    Args:
-        library: name of the writer.
-        coded: tensors that are stored through a code.
-        tensors: those stored as they are.
-        pools: streams that small arrays share; name: field of a code, or "" for tensors.
-        aliases: other name of a tied tensor -> the name it is stored under.
-        skipped: entry of the state dict that is not stored -> reason.
-        stale: tensor whose code did not fit it -> reason.
-        applied: (submodule, step as JSON), in order.
-        metadata: the caller's.
-    """
-
-    library: str
-    coded: tuple[Coded, ...]
-    tensors: tuple[Array, ...]
-    pools: tuple[Array, ...]
-    aliases: dict[str, str]
-    skipped: dict[str, str]
-    stale: dict[str, str]
-    applied: tuple[tuple[str, dict[str, Any]], ...]
-    metadata: Any
-    payload_bytes: int = field(default=0, compare=False)
-
-    @property
-    def described(self) -> list[Array]:
-        """Name, dtype and shape of every stored tensor."""
-        return [*(coded.tensor for coded in self.coded), *self.tensors]
-
-    def to_json(self) -> dict[str, Any]:
-        """One key for each attribute that is compared."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
-        return values | {name: [v.to_json() for v in values[name]] for name in ("coded", "tensors", "pools")}
-
-    @classmethod
-    def from_json(cls, value: Any) -> Header:
-        """Inverse of `to_json`; ValueError if it is malformed or its parts contradict each other."""
-        given, known = typed(value, dict, "the header"), {f.name for f in fields(cls) if f.compare}
-        if given.keys() != known:
-            raise ValueError(f"the header lacks, or has unknown, keys: {sorted(given.keys() ^ known)!s:.200}")
-        listed = {name: typed(given[name], list, name) for name in ("coded", "tensors", "pools", "applied")}
-        tables = {name: typed(given[name], dict, name) for name in ("aliases", "skipped", "stale")}
-        for name, table in tables.items():
-            for text in table.values():
-                typed(text, str, f"an entry of {name}")
-        steps = [typed(step, list, "an applied step") for step in listed["applied"]]
-        if any(len(step) != 2 for step in steps):
-            raise ValueError("an applied step is no pair of submodule and step")
-        applied = tuple((typed(a, str, "a submodule"), typed(b, dict, "an applied step")) for a, b in steps)
-
-        coded = [Coded.from_json(v) for v in listed["coded"]]
-        tensors, pools = ([Array.from_json(v) for v in listed[name]] for name in ("tensors", "pools"))
-        names = [array.name for array in (*(c.tensor for c in coded), *tensors)]
-        _unique([*names, *tables["aliases"]], "tensor")
-        if lost := set(tables["aliases"].values()) - set(names):
-            raise ValueError(f"tied to tensors that are not stored: {sorted(lost)!s:.200}")
-        place = _Placer(pools)
-        coded = [replace(c, arrays=tuple(place(a, a.name) for a in c.arrays)) for c in coded]
-        tensors, pools = [place(a, "") for a in tensors], [place(a, "") for a in pools]
-        place.check_pools()
-        return cls(
-            library=typed(given["library"], str, "library"),
-            coded=tuple(coded),
-            tensors=tuple(tensors),
-            pools=tuple(pools),
-            aliases=tables["aliases"],
-            skipped=tables["skipped"],
-            stale=tables["stale"],
-            applied=applied,
-            metadata=given["metadata"],
-            payload_bytes=place.payload,
-        )
-
-
-class _Placer:
-    """Goes through payload and pools, array by array, and notes where each begins."""
-
-    def __init__(self, pools: Sequence[Array]) -> None:
-        self.payload = 0
-        self._sizes = {(p.dtype, p.name): p.count for p in pools}
-        self._taken: Counter[tuple[str, str]] = Counter()
-        if len(self._sizes) != len(pools) or any(p.layout == "pool" for p in pools):
-            raise ValueError("two pools of one dtype and name, or a pool without streams")
-
-    def __call__(self, array: Array, pool: str) -> Array:
-        if array.layout == "pool":
-            start = self._taken[array.dtype, pool]
-            self._taken[array.dtype, pool] += array.count
-        else:
-            start = self.payload
-            self.payload += array.stored_bytes
-        return replace(array, offset=start)
-
-    def check_pools(self) -> None:
-        if self._sizes != dict(self._taken):
-            raise ValueError(
-                f"pools of {self._sizes!s:.200} elements, of which {dict(self._taken)!s:.200} are taken"
-            )
-
-
-def _unique(names: Sequence[str], what: str) -> None:
-    name, count = next(iter(Counter(names).most_common(1)), ("", 0))
-    if count > 1:
-        raise ValueError(f"{what} {name!r} is declared {count} times")
-
-
-class Payload:
-    """Collects streams; arrays must be stored in the order in which the header lists them.
-
-    Args:
+        file: takes the bytes.
         coder: "auto" or a key of ``CODERS``.
     """
 
-    def __init__(self, coder: str) -> None:
-        self.coder = coder
-        self.chunks: list[bytes] = []
+    def __init__(self, file: Sink, coder: str) -> None:
+        self._file, self._coder = file, coder
+        self.written = 0
         self._pooled: dict[tuple[str, str], list[Words]] = {}
+        self._segment = _hash()
+        self._segment_bytes = 0
+        self._checks: list[bytes] = []
+        self._write(MAGIC + bytes(VERSION))
 
     def store(self, name: str, dtype: str, shape: tuple[int, ...], words: Words, *, pool: str) -> Array:
-        """Encode one array, or put it into a pool when it is small."""
-        if words.nbytes < MAX_POOLED:
-            self._pooled.setdefault((dtype, pool), []).append(words)
-            return Array(name, dtype, shape)
-        array, streams = encode_array(name, dtype, shape, words, self.coder)
-        self.chunks += streams
-        return array
+        """Encode and write one array, or put it into a pool when it is small."""
+        if words.nbytes >= MAX_POOLED:
+            return encode_array(name, dtype, shape, words, self._coder, write=self._stream)
+        if words.size:
+            self._pooled.setdefault((dtype, pool), []).append(words.copy())
+        return Array(name, dtype, shape)
 
-    def pools(self) -> tuple[Array, ...]:
-        """Encode the pools, after everything else."""
-        made = []
+    def finish(self, header: Header) -> None:
+        """Write the pools and the header, in which pools and checks are filled in.
+
+        Raises:
+            ValueError, TypeError: the header is no JSON, or more than a reader takes.
+        """
+        pools = []
         for (dtype, name), parts in self._pooled.items():
             words = np.concatenate(parts)
-            array, streams = encode_array(name, dtype, words.shape, words, self.coder)
-            self.chunks += streams
-            made.append(array)
-        return tuple(made)
+            pools.append(encode_array(name, dtype, words.shape, words, self._coder, write=self._stream))
+        if self._segment_bytes:
+            self._close()
+        packed = pack(replace(header, pools=tuple(pools), checks=tuple(self._checks)).to_bytes())
+        end = packed + len(packed).to_bytes(_LENGTH, "little")
+        self._write(end + _hash(MAGIC + bytes(VERSION) + end).digest())
+
+    def _stream(self, data: bytes) -> None:
+        self._write(data)
+        self._segment.update(data)
+        self._segment_bytes += len(data)
+        if self._segment_bytes >= SEGMENT:
+            self._close()
+
+    def _close(self) -> None:
+        self._checks.append(self._segment.digest())
+        self._segment, self._segment_bytes = _hash(), 0
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self.written += len(data)
 
 
-def write(file: BinaryIO, header: Header, chunks: Sequence[bytes]) -> None:
-    """Write a whole file; ValueError or TypeError if the header is no JSON, or more than a reader takes."""
-    options: dict[str, Any] = {"sort_keys": True, "separators": (",", ":"), "ensure_ascii": False}
-    text = json.dumps(header.to_json(), allow_nan=False, **options).encode()
-    _check_text(text)
-    packed = _INFLATED.pack(len(text)) + zlib.compress(text, 9)
-    prefix = _PREFIX.pack(MAGIC, *VERSION, 0, len(packed), sum(map(len, chunks)))
-    digest = hashlib.sha256()
-    for part in (prefix, packed, *chunks):
-        digest.update(part)
-        file.write(part)
-    file.write(digest.digest())
-    file.flush()
+def _hash(data: bytes = b"") -> hashlib.blake2b:
+    return hashlib.blake2b(data, digest_size=CHECK)
 
 
 @contextmanager
@@ -271,49 +130,77 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 class Reader:
-    """A file whose prefix, lengths, checksum and header are sound (or ValueError); decodes array by array."""
+    """A file whose header is sound (or ValueError); decodes array by array.
+
+    Only the segments that hold the streams of an array are read for it, and each is checked before its bytes are used.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._pools: dict[tuple[str, str], Words] = {}
-        self.file_bytes = os.fstat(file.fileno()).st_size
-        file.seek(0)
-        prefix = file.read(_PREFIX.size)
+        self.file_bytes = file.seek(0, os.SEEK_END)
+        prefix = self._read(0, min(PREFIX, self.file_bytes))
         if prefix[: len(MAGIC)] != MAGIC:
             raise ValueError("no .lcz file, or its first bytes are damaged")
-        if len(prefix) < _PREFIX.size:
-            raise ValueError(f"the file ends after {len(prefix)} bytes")
-        _, major, minor, flags, packed, payload = _PREFIX.unpack(prefix)
+        if self.file_bytes < PREFIX + TRAILER:
+            raise ValueError(f"the file ends after {self.file_bytes} bytes")
+        major, minor = prefix[len(MAGIC) :]
         self.version = f"{major}.{minor}"
-        if major != VERSION[0] or flags:
-            raise ValueError(
-                f"format {self.version} with flags {flags}; this library reads {VERSION[0]}.x with flags 0"
-            )
-        self._payload = _PREFIX.size + packed
-        end = self._payload + payload
-        if end + _DIGEST != self.file_bytes:
-            raise ValueError(
-                f"{self.file_bytes} bytes, but its lengths make {end + _DIGEST}: truncated or extended"
-            )
-        digest = hashlib.sha256()
-        for start in range(0, end, _CHUNK):
-            digest.update(self._read(start, min(_CHUNK, end - start)))
-        if digest.digest() != self._read(end, _DIGEST):
-            raise ValueError("the SHA-256 at its end does not fit: damaged")
-        self.header = Header.from_json(self._parse(packed))
-        if self.header.payload_bytes != payload:
-            raise ValueError(f"streams of {self.header.payload_bytes} bytes in a payload of {payload}")
+        if major != VERSION[0]:
+            raise ValueError(f"format {self.version}; this library reads {VERSION[0]}.x")
+        trailer = self._read(self.file_bytes - TRAILER, TRAILER)
+        self.header_bytes = int.from_bytes(trailer[:_LENGTH], "little")
+        self._payload = self.file_bytes - PREFIX - self.header_bytes - TRAILER
+        if self._payload < 0:
+            raise ValueError("damaged or cut off: the length of its header is more than the file has")
+        packed = self._read(PREFIX + self._payload, self.header_bytes)
+        if _hash(prefix + packed + trailer[:_LENGTH]).digest() != trailer[_LENGTH:]:
+            raise ValueError("damaged or cut off: the check at its end does not fit")
+        self.header = Header.from_bytes(unpack(packed))
+        if self.header.payload_bytes != self._payload:
+            raise ValueError(f"streams of {self.header.payload_bytes} bytes in a payload of {self._payload}")
+        self._starts = list(itertools.accumulate(self.header.segments(), initial=0))
+        self._held = -1, b""  # the last segment that was read
+
+    def check(self) -> None:
+        """Read the whole payload once; ValueError where it is damaged."""
+        for number in range(len(self._starts) - 1):
+            self._segment(number)
 
     def words(self, array: Array, *, pool: str) -> Words:
         """Decode one array of the header; ``pool`` names the pool that it may lie in."""
-        if array.layout == "pool":
-            if (array.dtype, pool) not in self._pools:
-                whole = next(p for p in self.header.pools if (p.dtype, p.name) == (array.dtype, pool))
-                self._pools[array.dtype, pool] = self.words(whole, pool="")
-            return self._pools[array.dtype, pool][array.offset : array.offset + array.count].copy()
-        lengths = [length for _, length in array.streams]
-        ends = itertools.accumulate(lengths, initial=self._payload + array.offset)
-        return decode_array(array, [self._read(*part) for part in zip(ends, lengths, strict=False)])
+        if array.blocks:
+            place = array.offset
+
+            def following(length: int) -> bytes:
+                nonlocal place
+                place += length
+                return self._stream(place - length, length)
+
+            return decode_array(array, following)
+        if not array.count:
+            return decode_array(array, lambda length: b"")
+        if (array.dtype, pool) not in self._pools:
+            whole = next(p for p in self.header.pools if (p.dtype, p.name) == (array.dtype, pool))
+            self._pools[array.dtype, pool] = self.words(whole, pool="")
+        return self._pools[array.dtype, pool][array.offset : array.offset + array.count].copy()
+
+    def _stream(self, start: int, length: int) -> bytes:
+        if not length:
+            return b""
+        number = bisect_right(self._starts, start) - 1
+        begin = start - self._starts[number]
+        return self._segment(number)[begin : begin + length]
+
+    def _segment(self, number: int) -> bytes:
+        if self._held[0] != number:
+            start, end = self._starts[number : number + 2]
+            self._held = -1, b""
+            data = self._read(PREFIX + start, end - start)
+            if _hash(data).digest() != self.header.checks[number]:
+                raise ValueError(f"damaged: the check of bytes {start} to {end} of its streams does not fit")
+            self._held = number, data
+        return self._held[1]
 
     def _read(self, start: int, length: int) -> bytes:
         self._file.seek(start)
@@ -321,38 +208,3 @@ class Reader:
         if len(data) != length:
             raise ValueError("it became shorter while it was read")
         return data
-
-    def _parse(self, packed: int) -> Any:
-        if not _INFLATED.size <= packed <= MAX_HEADER:
-            raise ValueError(f"a header of {packed} bytes; allowed are {_INFLATED.size} to {MAX_HEADER}")
-        data = self._read(_PREFIX.size, packed)
-        (length,) = _INFLATED.unpack_from(data)
-        if length > MAX_HEADER:
-            raise ValueError(f"a header that inflates to {length} bytes; allowed are {MAX_HEADER}")
-        inflater = zlib.decompressobj()
-        try:
-            text = inflater.decompress(data[_INFLATED.size :], length + 1)
-        except zlib.error as error:
-            raise ValueError(f"the header does not inflate: {error}") from None
-        if len(text) != length or not inflater.eof or inflater.unused_data:
-            raise ValueError(f"the header does not inflate to its {length} bytes")
-        _check_text(text)
-        return json.loads(text.decode("utf-8"), parse_constant=_no_constant)
-
-
-def _check_text(text: bytes) -> None:
-    """Bounds on what parsing may cost: size, number of values, depth."""
-    marks = sum(map(text.count, (b",", b'"', b"[", b"{")))
-    if len(text) > MAX_HEADER or marks > MAX_MARKS:
-        raise ValueError(
-            f"a header of {len(text)} bytes, {marks} marks; allowed are {MAX_HEADER}, {MAX_MARKS}"
-        )
-    bare = re.sub(rb'"(?:[^"\\]++|\\.)*+"', b"", text, flags=re.DOTALL)  # brackets in strings do not count
-    steps = (1 if bracket in b"[{" else -1 for bracket in re.findall(rb"[][{}]", bare))
-    depth = max(itertools.accumulate(steps), default=0)
-    if depth > MAX_DEPTH:
-        raise ValueError(f"the header nests {depth} deep; allowed are {MAX_DEPTH}")
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"the header holds {name}, which is no JSON")

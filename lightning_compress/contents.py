@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,14 +17,17 @@ from torch.nn.parameter import is_lazy
 
 from lightning_compress import codes, transform
 from lightning_compress.codes import Code, same_bits
-from lightning_compress.container import Coded, Header, Payload, Reader
-from lightning_compress.functional.arrays import CARRIERS, Array, Words, typed
+from lightning_compress.container import Reader, Writer
+from lightning_compress.functional.arrays import CARRIERS, Array, Words
+from lightning_compress.functional.freeing import Freeing
+from lightning_compress.functional.headers import Header, Stored
 from lightning_compress.names import clean
 from lightning_compress.targets import locate
 from lightning_compress.transform import Step
 
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in CARRIERS}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_STALE = "its {} code does not give its bits any more and was not used"
 
 
 def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -85,16 +90,24 @@ def _tensor(words: Words, array: Array) -> Tensor:
     return torch.from_numpy(words.view(np.uint8)).view(_DTYPES[array.dtype]).reshape(array.shape)
 
 
-def encode(model: nn.Module, coder: str, metadata: Any) -> tuple[Header, list[bytes]]:
-    """Encode everything: a tensor through the code attached to it, unless that is stale, or as it is.
+def digest(tensor: Tensor) -> bytes:
+    """Of the bits of a tensor."""
+    words = _parts(tensor)[2]
+    return hashlib.blake2b(words.data if words.size else b"", digest_size=16).digest()
+
+
+def encode(model: nn.Module, writer: Writer, metadata: Any) -> Header:
+    """Write everything: a tensor through the code attached to it, unless that is stale, or as it is.
+
+    One tensor is encoded at a time, and its streams are written at once.
 
     Args:
         model: any module.
-        coder: "auto" or a key of ``CODERS``.
+        writer: of the file.
         metadata: JSON value.
 
     Returns:
-        The header and all streams in order.
+        The header, which the writer completes.
     """
     state, skipped = state_of(model)
     attached = {name: (param, code) for name, _, param, code in codes.of(model)}
@@ -106,30 +119,37 @@ def encode(model: nn.Module, coder: str, metadata: Any) -> tuple[Header, list[by
         first = next((name for name in names if name in attached), names[0])
         aliases |= {name: first for name in names if name != first}
 
-    payload, coded = Payload(coder), []
-    stale: dict[str, str] = {}
-    for name, (param, code) in attached.items():
+    stale = {name: _STALE.format(code.kind) for name, (_, code) in attached.items() if name not in state}
+    stored, freeing = [], Freeing()
+    for name, tensor in state.items():
         if name in aliases:
             continue
-        arrays = _fields(code, state.get(name))
-        if arrays is None:
-            stale[name] = f"its {code.kind} code does not give its bits any more and was not used"
+        freeing.worked_on(tensor.nbytes)
+        param, code = attached.get(name, ("", None))
+        arrays = None if code is None else _fields(code, tensor)
+        dtype, shape, words = _parts(tensor)
+        if code is not None and arrays is None:
+            stale[name] = _STALE.format(code.kind)
+        if code is None or arrays is None:
+            stored.append(Stored(writer.store(name, dtype, shape, words, pool="")))
             continue
-        kept = tuple(payload.store(key, *_parts(value), pool=key) for key, value in arrays.items())
-        whole = Array(name, *_parts(state[name])[:2])
+        kept = tuple(writer.store(key, *_parts(value), pool=key) for key, value in arrays.items())
+        depth = param.count(".") + 1
         config = {key: value for key, value in code.config().items() if key != "shape"}  # the tensor's: once
-        coded.append(Coded(whole, code.kind, param, config, kept))
-    left = state.keys() - aliases.keys() - {c.tensor.name for c in coded}
-    plain = tuple(payload.store(n, *_parts(t), pool="") for n, t in state.items() if n in left)
-    applied = tuple((part, step.to_json()) for part, step in transform.applied(model))
-    shared = payload.pools()
-    header = Header(
-        "lightning_compress", tuple(coded), plain, shared, aliases, skipped, stale, applied, metadata
+        stored.append(Stored(Array(name, dtype, shape), code.kind, depth, config, kept))
+    steps = tuple((part, _options(step).to_json()) for part, step in transform.applied(model))
+    return Header(
+        tuple(stored), aliases=aliases, steps=steps, skipped=skipped, stale=stale, metadata=metadata
     )
-    return header, payload.chunks
 
 
-def _fields(code: Code, weight: Tensor | None) -> dict[str, Tensor] | None:
+def _options(step: Step) -> Step:
+    """The step with those options that differ from the defaults."""
+    usual = transform.Transform.registry[step.name]().config()
+    return replace(step, config={k: v for k, v in step.config.items() if k not in usual or usual[k] != v})
+
+
+def _fields(code: Code, weight: Tensor) -> dict[str, Tensor] | None:
     """The fields of a code, unless it is stale."""
     if not isinstance(weight, nn.Parameter):  # replaced since
         return None
@@ -140,33 +160,31 @@ def _fields(code: Code, weight: Tensor | None) -> dict[str, Tensor] | None:
         return None
 
 
-def decode(reader: Reader) -> Iterator[tuple[str, Tensor, Code | None]]:
-    """Decode everything, one tensor at a time.
+def decode(stored: Stored, reader: Reader) -> tuple[Tensor, Code | None]:
+    """Decode one tensor.
 
     Args:
+        stored: its description.
         reader: of the file.
 
-    Yields:
-        Name, value and code of a tensor.
+    Returns:
+        Value and code.
 
     Raises:
         ValueError: streams are damaged, or a code is unknown or does not give what is declared; names the tensor.
     """
-    for coded in reader.header.coded:
-        whole = coded.tensor
-        with _about(whole.name):
-            arrays = {
-                array.name: _tensor(reader.words(array, pool=array.name), array) for array in coded.arrays
-            }
-            code = Code.registry[coded.kind].restore(arrays, coded.config | {"shape": whole.shape})
-            tensor = code.rebuild(arrays, _DTYPES[whole.dtype])
-            if tensor.dtype != _DTYPES[whole.dtype] or tuple(tensor.shape) != whole.shape:
-                raise ValueError(f"its code gives {tensor.dtype} {tuple(tensor.shape)}, not {whole.shape}")
-        yield whole.name, tensor, code
-    for array in reader.header.tensors:
-        with _about(array.name):
-            tensor = _tensor(reader.words(array, pool=""), array)
-        yield array.name, tensor, None
+    whole = stored.tensor
+    with _about(whole.name):
+        if not stored.kind:
+            return _tensor(reader.words(whole, pool=""), whole), None
+        if stored.kind not in Code.registry:
+            raise ValueError(f"unknown code {stored.kind!r}; known: {', '.join(Code.registry)}")
+        arrays = {a.name: _tensor(reader.words(a, pool=a.name), a) for a in stored.fields}
+        code = Code.registry[stored.kind].restore(arrays, stored.config | {"shape": whole.shape})
+        tensor = code.rebuild(arrays, _DTYPES[whole.dtype])
+        if tensor.dtype != _DTYPES[whole.dtype] or tuple(tensor.shape) != whole.shape:
+            raise ValueError(f"its code gives {tensor.dtype} {tuple(tensor.shape)}, not {whole.shape}")
+        return tensor, code
 
 
 @contextmanager
@@ -190,17 +208,18 @@ def check_plans(header: Header, model: nn.Module) -> None:
 
     def size(value: Any) -> int:
         if isinstance(value, dict) and "zlib" in value:  # a tensor, as plans.to_json writes it
-            return 8 * math.prod(
-                abs(typed(n, int, "extent")) for n in typed(value.get("shape"), list, "shape")
-            )
+            extents = value.get("shape")
+            if not isinstance(extents, list) or not all(type(n) is int for n in extents):
+                raise ValueError(f"a stored plan holds a tensor of shape {extents!r:.60}")
+            return 8 * math.prod(abs(int(n)) for n in extents)
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         return sum(map(size, inner))
 
     most = 4 * sum(tensor.nbytes for tensor in state_of(model)[0].values()) + 2**20
-    for _, step in header.applied:
-        if size(step) > most:
+    for _, step in header.steps:
+        if size(step["plan"]) > most:
             raise ValueError(
-                f"step {step.get('name')!r} declares {size(step):,} bytes of decisions; allowed are {most:,}"
+                f"step {step['name']!r} declares {size(step['plan']):,} bytes of decisions; allowed are {most:,}"
             )
 
 
@@ -220,7 +239,7 @@ def check_fit(header: Header, model: nn.Module, steps: Sequence[tuple[str, Step]
     """
     state, _ = state_of(model)
     kind = type(model).__name__
-    stored = {array.name: array for array in header.described}
+    stored = {s.tensor.name: s.tensor for s in header.tensors}
     stored |= {alias: stored[name] for alias, name in header.aliases.items()}
     missing, extra = [n for n in stored if n not in state], [n for n in state if n not in stored]
     if missing or extra:
@@ -234,11 +253,12 @@ def check_fit(header: Header, model: nn.Module, steps: Sequence[tuple[str, Step]
             raise ValueError(
                 f"{name!r} is {array.dtype} {array.shape} here, but {given[0]} {given[1]} in {kind}"
             )
-    for coded in header.coded:
-        if coded.kind not in Code.registry:
+    for coded in header.tensors:
+        if coded.kind and coded.kind not in Code.registry:
             known = ", ".join(Code.registry)
             raise ValueError(f"{coded.tensor.name!r} has the unknown code {coded.kind!r}; known: {known}")
-        locate(model, coded.layer, coded.param)
+        if coded.kind:
+            locate(model, coded.layer, coded.param)
     parts = {clean(name) for name, _ in model.named_modules()}
     for part, step in steps:
         if part not in parts:

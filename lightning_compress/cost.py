@@ -226,13 +226,12 @@ def _storage(weight: Tensor, code: codes.Code | None) -> dict[str, int]:
     """The counts of one parameter that do not depend on an input."""
     if code is not None and not code.matches(weight):
         code = None
-    mask = getattr(code, "mask", None)
     elements = weight.numel()
     return {
         "params": elements * (2 if weight.is_complex() else 1),
         "elements": elements,
         "zeros": 0 if weight.is_meta else elements - int(torch.count_nonzero(weight)),
-        "masked": 0 if mask is None else int((~mask).sum()),
+        "masked": elements - code.kept if isinstance(code, codes.Mask) else 0,
         "bits": weight.element_size() * 8 * elements if code is None else code.bits(weight),
     }
 

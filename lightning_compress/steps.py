@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_compress import tables
 from lightning_compress.names import clean
+from lightning_compress.plans import Plan
 from lightning_compress.stats import Calibration
 from lightning_compress.transform import Coverage, NothingChangedError, Step, Transform, record
 
@@ -22,8 +23,12 @@ def digests(model: nn.Module) -> Digests:
     for group, is_parameter in ((model.named_parameters(), True), (model.named_buffers(), False)):
         for name, tensor in group:
             dense = tensor if tensor.layout == torch.strided else tensor.to_dense()
-            raw = dense.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            found[clean(name)] = (hashlib.blake2b(raw, digest_size=16).digest(), dense.nbytes, is_parameter)
+            raw = dense.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            found[clean(name)] = (
+                hashlib.blake2b(raw.data, digest_size=16).digest(),
+                dense.nbytes,
+                is_parameter,
+            )
     return found
 
 
@@ -53,22 +58,31 @@ def measured(before: Digests, model: nn.Module, skipped: Mapping[str, str]) -> C
     )
 
 
-def run_step(model: nn.Module, transform: Transform, data: Calibration | None = None) -> Step:
+def run_step(
+    model: nn.Module,
+    transform: Transform,
+    data: Calibration | None = None,
+    *,
+    plan: Plan | None = None,
+    before: Digests | None = None,
+) -> Step:
     """Plan and apply one transform in place, measure what changed, and record the step on the model.
 
     Args:
         model: any module.
         transform: the method.
         data: calibration inputs.
+        plan: of the transform for this model, if it is made already.
+        before: digests of the model, if they are made already.
 
     Returns:
-        The recorded step.
+        The step, with the whole plan.
 
     Raises:
         NothingChangedError: no tensor changed, and the plan is not an identity.
     """
-    plan = transform.plan(model, data)
-    before = digests(model)
+    plan = transform.plan(model, data) if plan is None else plan
+    before = digests(model) if before is None else before
     transform.apply(model, plan)
     coverage = measured(before, model, plan.skipped)
     name = type(transform).__name__

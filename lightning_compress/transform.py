@@ -135,7 +135,11 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Step:
-    """One applied transform: its name, its options, its plan and what it changed."""
+    """One applied transform: its name, its options, its plan and what it changed.
+
+    Of a step that comes from an archive, the options are those that differed from their defaults when it was written,
+    and the coverage names the stored tensors that changed, not what is gone since or was left alone.
+    """
 
     name: str
     config: dict[str, Any]
@@ -211,11 +215,15 @@ def applied(model: nn.Module) -> Iterator[tuple[str, Step]]:
 def record(model: nn.Module, step: Step) -> None:
     """Append a step to the list that the model carries (in its ``__dict__``, never in its state dict).
 
+    Of its plan only what a replay needs is kept: the rest is in the weights.
+
     Args:
         model: the module the step was applied to.
         step: what was done.
     """
-    model.__dict__.setdefault(_APPLIED, []).append(step)
+    known = Transform.registry.get(step.name)
+    kept = Plan({}) if known is None else known.structure(step.plan)
+    model.__dict__.setdefault(_APPLIED, []).append(dataclasses.replace(step, plan=kept))
 
 
 def replay(model: nn.Module, steps: Iterable[tuple[str, Step]]) -> list[Step]:

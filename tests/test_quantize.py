@@ -463,13 +463,15 @@ def test_apply_checks_the_plan_before_it_writes():
     bad = dataclasses.replace(
         plan, layers={**plan.layers, "0.input": {"layer": "0", "input_quantizer": {"bits": 99}}}
     )
+    untouched = copy.deepcopy(net.state_dict())
     with pytest.raises(ValueError, match=r"allowed is 1 <= bits <= 16"):
-        lc.Quantize().apply(other, bad)
+        lc.Quantize().apply(net, bad)
     bad = dataclasses.replace(plan, layers={"9.input": {"layer": "9", "input_quantizer": {"bits": 8}}})
     with pytest.raises(ValueError, match=r"'9.input' does not fit this model"):
         lc.Quantize().apply(net, bad)
-    assert all(torch.equal(other.state_dict()[k], v) for k, v in before.items())
-    assert not list(codes.of(other)) and type(other[0]) is nn.Conv2d
+    for model, state in ((other, before), (net, untouched)):
+        assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
+        assert not list(codes.of(model)) and type(model[0]) is nn.Conv2d
 
 
 @pytest.mark.parametrize(

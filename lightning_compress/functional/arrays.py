@@ -1,25 +1,32 @@
 """Arrays as coded streams: the shortest of several layouts, and a description to check before decoding.
 
-Layouts:
+An array is cut into blocks of whole rows, about 2^20 elements each, so that coding one takes the memory of a block.
+Layouts of a block:
 
 - ``symbols``: integers minus the smallest of them, one stream.
 - ``planes``: the byte planes of ``lightning_compress.functional.entropy.byte_planes``, one stream each.
 - ``sparse``: which elements have a bit that is not zero, as one stream, then the planes of these elements.
-- ``pool``: none of its own; the elements follow in a pool that many small arrays share.
+
+An array of fewer than ``MAX_POOLED`` bytes has no blocks: its elements lie in a pool that many small arrays share.
 """
 
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from lightning_compress.functional.entropy import CODERS, byte_planes, decode, encode, from_byte_planes
+from lightning_compress.functional.entropy import (
+    CODERS,
+    byte_planes,
+    decode,
+    encode,
+    from_byte_planes,
+)
 from lightning_compress.functional.frequencies import MAX_ALPHABET
 
 # dtype -> numpy type of the same width that carries its bits, little endian
@@ -29,43 +36,42 @@ CARRIERS = {
     **{"float16": "<u2", "bfloat16": "<u2", "float32": "<f4", "float64": "<f8"},
     **{"complex64": "<c8", "complex128": "<c16"},
 }
-MAX_POOLED = 1 << 12  # only arrays of fewer bytes may lie in a pool
+LAYOUTS = ("symbols", "planes", "sparse")
+MAX_POOLED = 1 << 12  # arrays of fewer bytes lie in a pool
+BLOCK = 1 << 19  # elements
 _PLANE_WORDS = {1: "u1", 2: "<u2", 4: "<f4", 8: "<f8"}
 _MAX_COUNT = 1 << 48
-_MAX_DIMS = 32
-_MAX_EXPANSION, _SPARE = (
-    16,
-    64,
-)  # a stream that is coded badly has so many bytes for each one of the array, and more
+MAX_DIMS = 32
+# A stream that is coded badly has so many bytes for each one of its block, and so many more.
+_MAX_EXPANSION, _SPARE = 16, 64
+_SURE = 1.05  # a layout is tried if its estimate is at most so many times the smallest
 
 Words = npt.NDArray[Any]
-T = TypeVar("T")
 
 
-def typed(value: Any, kind: type[T], what: str) -> T:
-    """An untrusted JSON value, if it has the expected type.
+class Stream(NamedTuple):
+    """Coder, and length in bytes."""
+
+    coder: str
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """How one block is stored.
 
     Args:
-        value: what was read.
-        kind: str, int, list or dict.
-        what: how the error calls it.
-
-    Returns:
-        The value.
-
-    Raises:
-        ValueError: it has another type; True is no int.
-
-    Examples:
-        >>> typed(3, int, "length")
-        3
+        layout: one of ``LAYOUTS``.
+        number: "symbols": what was subtracted; "sparse": how many elements are stored; otherwise 0.
+        streams: in order.
     """
-    if type(value) is not kind:
-        raise ValueError(f"{what} is {value!r:.60}, which is no {kind.__name__}")
-    return value
+
+    layout: str
+    number: int
+    streams: tuple[Stream, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Array:
     """How one array is stored.
 
@@ -73,10 +79,7 @@ class Array:
         name: what it is, unique among its neighbours.
         dtype: key of ``CARRIERS``.
         shape: extents.
-        layout: see the top of this file.
-        number: "symbols": what was subtracted; "sparse": how many elements are stored; otherwise 0.
-        crc32: of the decoded bytes, little endian.
-        streams: (coder, length in bytes) of each stream.
+        blocks: in order; none if it lies in a pool.
         offset: where it begins: byte of the payload, or element of the pool. Not stored: it follows from the
             arrays before.
     """
@@ -84,10 +87,7 @@ class Array:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    layout: str = "pool"
-    number: int = 0
-    crc32: int = 0
-    streams: tuple[tuple[str, int], ...] = ()
+    blocks: tuple[Block, ...] = ()
     offset: int = field(default=0, compare=False)
 
     @property
@@ -101,103 +101,105 @@ class Array:
         return self.count * np.dtype(CARRIERS[self.dtype]).itemsize
 
     @property
+    def pooled(self) -> bool:
+        """Whether it is small enough for a pool."""
+        return self.nbytes < MAX_POOLED
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of its own streams."""
-        return sum(length for _, length in self.streams)
+        return sum(stream.length for block in self.blocks for stream in block.streams)
 
-    def to_json(self) -> list[Any]:
-        """``[name, dtype, shape]``; unless pooled also ``layout, number, crc32, [coder, length, ...]``."""
-        own = [self.layout, self.number, self.crc32, [part for stream in self.streams for part in stream]]
-        return [self.name, self.dtype, list(self.shape), *(own if self.layout != "pool" else ())]
+    @property
+    def rows(self) -> int:
+        """Elements of a row: all but the first axis; 1 with fewer than two axes."""
+        return max(1, math.prod(self.shape[1:]))
 
-    @classmethod
-    def from_json(cls, value: Any) -> Array:
-        """Inverse of ``to_json``, with every check that the description alone allows.
+    @property
+    def block_size(self) -> int:
+        """Elements of every block but the last: as many whole rows as ``BLOCK`` has room for."""
+        return BLOCK // self.rows * self.rows or BLOCK
 
-        Args:
-            value: untrusted.
+    def extents(self) -> Iterator[int]:
+        """Number of elements of each block."""
+        size = self.block_size
+        for start in range(0, self.count, size):
+            yield min(size, self.count - start)
 
-        Returns:
-            The description.
-
-        Raises:
-            ValueError: a part is missing, of a wrong type, unknown or out of range; names the array.
-        """
-        parts = typed(value, list, "the description of an array")
-        if len(parts) not in (3, 7):
-            raise ValueError(f"the description of an array has {len(parts)} parts, not 3 or 7: {parts!r:.60}")
-        array = cls.described(*parts[:3])
-        if len(parts) == 3:
-            if array.nbytes >= MAX_POOLED:
-                raise ValueError(
-                    f"{array.name!r}: {array.nbytes} bytes; in a pool allowed are {MAX_POOLED - 1}"
-                )
-            return array
-        name = array.name
-        layout, number = typed(parts[3], str, f"{name!r}: layout"), typed(parts[4], int, f"{name!r}: number")
-        crc32, flat = typed(parts[5], int, f"{name!r}: crc32"), typed(parts[6], list, f"{name!r}: streams")
-        coders = [typed(c, str, f"{name!r}: coder") for c in flat[::2]]
-        lengths = [typed(n, int, f"{name!r}: length") for n in flat[1::2]]
-        if len(coders) != len(lengths):
-            raise ValueError(f"{name!r}: a stream has no length")
-        streams = tuple(zip(coders, lengths, strict=True))
-        array = replace(array, layout=layout, number=number, crc32=crc32, streams=streams)
-        array._check()
-        return array
-
-    @classmethod
-    def described(cls, name: Any, dtype: Any, shape: Any) -> Array:
-        """Name, dtype and shape alone, checked.
-
-        Args:
-            name: untrusted.
-            dtype: untrusted.
-            shape: untrusted.
-
-        Returns:
-            A description without streams.
+    def check(self) -> None:
+        """Refuse dtypes and shapes that cannot be.
 
         Raises:
-            ValueError: one of them is of a wrong type, unknown or impossible.
+            ValueError: names the array.
         """
-        name = typed(name, str, "the name of an array")
-        if typed(dtype, str, f"{name!r}: dtype") not in CARRIERS:
-            raise ValueError(f"{name!r}: unknown dtype {dtype!r:.60}; known: {', '.join(CARRIERS)}")
-        extents = tuple(typed(n, int, f"{name!r}: extent") for n in typed(shape, list, f"{name!r}: shape"))
-        possible = len(extents) <= _MAX_DIMS and all(0 <= n < _MAX_COUNT for n in extents)
-        if not possible or math.prod(extents) >= _MAX_COUNT:
-            raise ValueError(f"{name!r}: impossible shape {shape!s:.80}")
-        return cls(name, dtype, extents)
+        if self.dtype not in CARRIERS:
+            raise ValueError(f"{self.name!r}: unknown dtype {self.dtype!r:.60}; known: {', '.join(CARRIERS)}")
+        possible = len(self.shape) <= MAX_DIMS and all(0 <= n < _MAX_COUNT for n in self.shape)
+        if not possible or math.prod(self.shape) >= _MAX_COUNT:
+            raise ValueError(f"{self.name!r}: impossible shape {self.shape!s:.80}")
 
-    def _check(self) -> None:
+    def check_block(self, block: Block, count: int) -> None:
+        """Refuse what no block of this array can be, before anything is allocated for it.
+
+        Args:
+            block: untrusted.
+            count: its elements.
+
+        Raises:
+            ValueError: layout, number, coders or lengths that are not allowed; names the array.
+        """
         kind = np.dtype(CARRIERS[self.dtype])
-        words = _word(kind).itemsize
-        allowed: dict[str, tuple[int, int, int]] = {}  # layout -> streams, smallest and largest number
+        allowed: dict[str, tuple[int, int]] = {}  # layout -> smallest and largest number
         if kind.kind in "iub":
-            allowed["symbols"] = 1, *_limits(kind)
+            allowed["symbols"] = _limits(kind)
         if kind.itemsize > 1:
-            allowed |= {"planes": (words, 0, 0), "sparse": (1 + words, 0, self.count)}
-        if self.layout not in allowed:
+            allowed |= {"planes": (0, 0), "sparse": (0, count)}
+        if block.layout not in allowed:
             raise ValueError(
-                f"{self.name!r}: layout {self.layout!r}; allowed for {self.dtype}: {', '.join(allowed)}"
+                f"{self.name!r}: layout {block.layout!r}; allowed for {self.dtype}: {', '.join(allowed)}"
             )
-        streams, least, most = allowed[self.layout]
-        if len(self.streams) != streams:
-            raise ValueError(f"{self.name!r}: {len(self.streams)} streams; {self.layout!r} has {streams}")
-        if not least <= self.number <= most:
-            raise ValueError(f"{self.name!r}: number {self.number}; {self.layout!r} allows {least} to {most}")
-        longest = _MAX_EXPANSION * self.nbytes + _SPARE
-        for coder, length in self.streams:
+        least, most = allowed[block.layout]
+        if not least <= block.number <= most:
+            raise ValueError(
+                f"{self.name!r}: number {block.number}; {block.layout!r} allows {least} to {most}"
+            )
+        if len(block.streams) != streams_of(self.dtype, block.layout):
+            raise ValueError(f"{self.name!r}: {len(block.streams)} streams in layout {block.layout!r}")
+        longest = _MAX_EXPANSION * count * kind.itemsize + _SPARE
+        for coder, length in block.streams:
             if coder not in CODERS:
                 raise ValueError(f"{self.name!r}: unknown coder {coder!r}; known: {', '.join(CODERS)}")
             if not 0 <= length <= longest:
                 raise ValueError(f"{self.name!r}: a stream of {length} bytes; allowed are {longest}")
 
 
+def streams_of(dtype: str, layout: str) -> int:
+    """Number of streams of a block.
+
+    Args:
+        dtype: key of ``CARRIERS``.
+        layout: one of ``LAYOUTS``.
+
+    Returns:
+        1 for symbols; the bytes of a word (of a complex number, of half of it), and one more if sparse.
+
+    Examples:
+        >>> streams_of("float32", "planes"), streams_of("complex64", "sparse")
+        (4, 5)
+    """
+    return 1 if layout == "symbols" else _word(np.dtype(CARRIERS[dtype])).itemsize + (layout == "sparse")
+
+
 def encode_array(
-    name: str, dtype: str, shape: Sequence[int], words: Words, coder: str = "auto"
-) -> tuple[Array, list[bytes]]:
-    """Store an array in the layout that takes the fewest bytes.
+    name: str,
+    dtype: str,
+    shape: Sequence[int],
+    words: Words,
+    coder: str = "auto",
+    *,
+    write: Callable[[bytes], Any],
+) -> Array:
+    """Store an array, every block in the layout that takes the fewest bytes.
 
     Args:
         name: what it is.
@@ -205,43 +207,79 @@ def encode_array(
         shape: extents.
         words: (count,) contiguous, of the carrier type.
         coder: "auto", or a key of ``CODERS``; streams beyond its alphabet take "auto".
+        write: takes every stream, in order.
 
     Returns:
-        The description and its streams.
+        The description.
 
     Examples:
-        >>> words = np.where(np.arange(6000) % 20, 0, np.arange(6000)).astype(np.float32)
-        >>> array, streams = encode_array("weight", "float32", (60, 100), words)
-        >>> array.layout, array.number, bool((decode_array(array, streams) == words).all())
-        ('sparse', 299, True)
+        >>> words, streams = np.where(np.arange(6000) % 20, 0, np.arange(6000)).astype(np.float32), []
+        >>> array = encode_array("weight", "float32", (60, 100), words, write=streams.append)
+        >>> array.blocks[0].layout, array.blocks[0].number
+        ('sparse', 299)
+        >>> stored = iter(streams)
+        >>> bool((decode_array(array, lambda length: next(stored)) == words).all())
+        True
     """
-    made: list[tuple[str, int, list[tuple[str, bytes]]]] = []
+    array = Array(name, dtype, tuple(shape))
+    blocks, start = [], 0
+    for count in array.extents():
+        layout, number, coded = _encode_block(words[start : start + count], coder)
+        for _, data in coded:
+            write(data)
+        blocks.append(Block(layout, number, tuple(Stream(used, len(data)) for used, data in coded)))
+        start += count
+    return Array(name, dtype, tuple(shape), tuple(blocks))
+
+
+def _encode_block(words: Words, coder: str) -> tuple[str, int, list[tuple[str, bytes]]]:
+    """Layout, number, and coder and bytes of each stream. Layouts whose estimate is far off are not tried."""
+    ways: list[tuple[float, str, int, Callable[[], list[Words]]]] = []
     if words.dtype.kind in "iub":
-        low, high = (int(words.min()), int(words.max())) if words.size else (0, 0)
+        low, high = int(words.min()), int(words.max())
         if high < 256 and low > 0:
             low = 0  # as short, and nothing to subtract
         if high - low < MAX_ALPHABET:
-            shifted = words.astype(np.uint64) - np.uint64(low % (1 << 64)) if low else words  # modulo 2^64
-            made.append(("symbols", low, [_encode(shifted, coder)]))
+            ways.append((0.0, "symbols", low, lambda: [_minus(words, low)]))
     if words.dtype.itemsize > 1:
         word = _word(words.dtype)
-        made.append(("planes", 0, [_encode(plane, coder) for plane in byte_planes(words.view(word))]))
+        dense = byte_planes(words.view(word))
         places: Words = words.view(np.uint8).reshape(-1, words.dtype.itemsize).max(axis=1) != 0
-        if not places.all():
+        ways.append((_estimate(dense), "planes", 0, lambda: dense))
+        stored = int(places.sum())
+        if stored < words.size:
             parts = [places, *byte_planes(words[places].view(word))]
-            made.append(("sparse", int(places.sum()), [_encode(part, coder) for part in parts]))
-    layout, number, coded = min(made, key=lambda m: sum(len(data) for _, data in m[2]))
-    streams = tuple((used, len(data)) for used, data in coded)
-    array = Array(name, dtype, tuple(shape), layout, number, zlib.crc32(words.data), streams)
-    return array, [data for _, data in coded]
+            ways.append((_estimate(parts), "sparse", stored, lambda: parts))
+    least = min((w[0] for w in ways if w[1] != "symbols"), default=0.0)
+    made = [
+        (layout, number, [_encode(part, coder) for part in parts()])
+        for estimate, layout, number, parts in ways
+        if estimate <= _SURE * least or layout == "symbols"
+    ]
+    return min(made, key=lambda m: sum(len(data) for _, data in m[2]))
 
 
-def decode_array(array: Array, streams: Sequence[bytes]) -> Words:
+def _minus(words: Words, low: int) -> Words:
+    """Modulo the range of their type."""
+    if not low:
+        return words
+    kind = np.dtype(f"u{words.dtype.itemsize}")
+    shifted: Words = words.view(kind) - kind.type(low % (1 << 8 * kind.itemsize))
+    return shifted
+
+
+def _estimate(planes: Sequence[Words]) -> float:
+    """Bits by order-0 entropy."""
+    counts = (np.bincount(plane.view(np.uint8), minlength=2) for plane in planes)
+    return float(sum((n[n > 0] * np.log2(n.sum() / n[n > 0])).sum() for n in counts))
+
+
+def decode_array(array: Array, read: Callable[[int], bytes]) -> Words:
     """Inverse of ``encode_array``. Allocates what the description says: the caller must agree to that.
 
     Args:
         array: a checked description.
-        streams: the bytes of each stream, untrusted.
+        read: gives the next stream, for its length; untrusted bytes.
 
     Returns:
         (count,) words of the carrier type.
@@ -249,29 +287,39 @@ def decode_array(array: Array, streams: Sequence[bytes]) -> Words:
     Raises:
         ValueError: the streams are not what the description says.
     """
-    kind = np.dtype(CARRIERS[array.dtype])
-    coded = [(data, coder) for data, (coder, _) in zip(streams, array.streams, strict=True)]
-    if array.layout == "symbols":
-        alphabet = _limits(kind)[1] - array.number + 1
-        ((data, coder),) = coded
-        words = decode(data, array.count, coder, np.uint16 if array.number else kind, alphabet=alphabet)
-        if array.number:
-            words = (words + np.uint64(array.number % (1 << 64))).astype(kind)
-    else:
-        sparse = array.layout == "sparse"
-        count, word = array.number if sparse else array.count, _word(kind)
-        number = count * (kind.itemsize // word.itemsize)
-        planes = [decode(data, number, coder, np.uint8) for data, coder in coded[sparse:]]
-        words = from_byte_planes(planes, word, (number,)).view(kind)
-        if sparse:
-            places = decode(coded[0][0], array.count, coded[0][1], np.bool_)
-            if int(places.sum()) != count:
-                raise ValueError(f"{int(places.sum())} places for {count} stored elements")
-            values, words = words, np.zeros(array.count, dtype=kind)
-            words[places] = values
-    if zlib.crc32(words.data) != array.crc32:
-        raise ValueError("the decoded bytes do not have the stored CRC-32")
+    words, start = np.empty(array.count, dtype=CARRIERS[array.dtype]), 0
+    for block, count in zip(array.blocks, array.extents(), strict=True):
+        words[start : start + count] = _decode_block(block, count, words.dtype, read)
+        start += count
     return words
+
+
+def _decode_block(block: Block, count: int, kind: np.dtype[Any], read: Callable[[int], bytes]) -> Words:
+    coded = ((read(stream.length), stream.coder) for stream in block.streams)
+    if block.layout == "symbols":
+        ((data, coder),) = coded
+        alphabet = _limits(kind)[1] - block.number + 1
+        symbols = decode(data, count, coder, np.uint16 if block.number else kind, alphabet=alphabet)
+        return _minus(symbols.astype(kind, copy=False), -block.number).view(kind)
+    places = None
+    if block.layout == "sparse":
+        places = decode(*_first(coded, count), np.bool_)
+        if int(places.sum()) != block.number:
+            raise ValueError(f"{int(places.sum())} places for {block.number} stored elements")
+    word = _word(kind)
+    number = (count if places is None else block.number) * (kind.itemsize // word.itemsize)
+    planes = [decode(data, number, coder, np.uint8) for data, coder in coded]
+    values: Words = from_byte_planes(planes, word, (number,)).view(kind)
+    if places is None:
+        return values
+    words = np.zeros(count, dtype=kind)
+    words[places] = values
+    return words
+
+
+def _first(coded: Any, count: int) -> tuple[bytes, int, str]:
+    data, coder = next(coded)
+    return data, count, coder
 
 
 def _encode(symbols: Words, coder: str) -> tuple[str, bytes]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_PIECE = 1 << 18  # entries
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,44 @@ class Groups:
         wide = values.reshape(rows, -1).repeat_interleave(self.size, dim=1)[:, :inputs]
         others = [n for axis, n in enumerate(shape) if axis != out]
         return wide.reshape(rows, *others, *tail).movedim(0, out)
+
+    def pieces(
+        self, shape: Sequence[int], *values: Tensor | None, is_complex: bool = False
+    ) -> Iterator[tuple[tuple[slice, ...], list[Tensor | None]]]:
+        """The tensor in pieces of some 2^18 entries, so that working on them takes little memory.
+
+        Args:
+            shape: of the tensor.
+            values: [G] each, or None.
+            is_complex: whether pieces are taken of the real view.
+
+        Yields:
+            Index of a piece, and the values as tensors that broadcast against it.
+
+        Examples:
+            >>> scale = torch.tensor([10.0, 20.0])
+            >>> [(index, part.tolist()) for index, (part,) in Groups((0,)).pieces((2, 3), scale)]
+            [((slice(0, 2, None),), [[10.0], [20.0]])]
+        """
+        if not shape:
+            yield (), [None if v is None else self.expand(v, shape, is_complex) for v in values]
+            return
+        axis = self.axes[0] if self.size else max(range(len(shape)), key=lambda a: shape[a])
+        step = max(1, _PIECE * shape[axis] // max(1, math.prod(shape)))
+        for start in range(0, shape[axis], step):
+            stop = min(start + step, shape[axis])
+            index = (*[slice(None)] * axis, slice(start, stop))
+            yield index, [None if v is None else self._part(v, shape, index, is_complex) for v in values]
+
+    def _part(
+        self, values: Tensor, shape: Sequence[int], index: tuple[slice, ...], is_complex: bool
+    ) -> Tensor:
+        axis, rows = len(index) - 1, index[-1]
+        if self.size:  # the values of whole rows: all of them expanded would be as large as the tensor
+            part = [*shape[:axis], rows.stop - rows.start, *shape[axis + 1 :]]
+            return self.expand(values.reshape(shape[axis], -1)[rows].reshape(-1), part, is_complex)
+        whole = self.expand(values, shape, is_complex)
+        return whole[index] if whole.shape[axis] > 1 else whole
 
     def _rows(self, x: Tensor) -> Tensor:
         kept = math.prod([x.shape[axis] for axis in self.axes])

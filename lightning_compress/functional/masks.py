@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_compress.functional.ranking import lowest
+
 
 def count_pruned(sparsity: float, total: int) -> int:
     """How many of ``total`` elements are zero at ``sparsity``: ``k = floor(s * N + 0.5)``.
@@ -33,9 +35,7 @@ def count_pruned(sparsity: float, total: int) -> int:
 def topk_mask(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     """Masks that drop exactly the ``k`` lowest scores of several tensors ranked together.
 
-    The order is (score, tensor order, flat index), so ties are decided the same way on every machine. No
-    sort: the k-th smallest value is selected in O(N), everything below it goes, then the first of the
-        elements that equal it.
+    The order is (score, tensor order, flat index), so ties are decided the same way on every machine.
 
     Args:
         scores: real tensors of any shapes on one device; higher = keep; -inf goes first.
@@ -51,22 +51,8 @@ def topk_mask(scores: Sequence[Tensor], k: int) -> list[Tensor]:
         >>> topk_mask([torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0])], 2)
         [tensor([ True, False]), tensor([False,  True])]
     """
-    total = sum(s.numel() for s in scores)
-    if not 0 <= k <= total:
-        raise ValueError(f"k={k} elements to drop, but there are {total}: allowed is 0 to {total}.")
-    if total == 0:
-        return [torch.ones_like(s, dtype=torch.bool) for s in scores]
-    flat = torch.cat([s.detach().reshape(-1) for s in scores])
-    if bool(flat.isnan().any()):
-        raise ValueError(f"{int(flat.isnan().sum())} of {total} scores are NaN: a ranking needs numbers.")
-    keep = torch.ones_like(flat, dtype=torch.bool)
-    if k:
-        threshold = torch.kthvalue(flat, k).values
-        below = flat < threshold
-        keep &= ~below
-        ties = (flat == threshold).nonzero().squeeze(1)
-        keep[ties[: k - int(below.sum())]] = False
-    return [m.view_as(s) for m, s in zip(torch.split(keep, [s.numel() for s in scores]), scores, strict=True)]
+    cut = lowest(scores, k)
+    return [cut.mask(i, s) for i, s in enumerate(scores)]
 
 
 def row_mask(scores: Tensor, k: int, axis: int) -> Tensor:
@@ -149,7 +135,7 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
             f"{packed.numel()} bytes of mask for shape {tuple(shape)}: {(n + 7) // 8} are needed."
         )
     bits = np.unpackbits(packed.cpu().numpy(), count=n) if n else np.zeros(0, np.uint8)
-    return torch.from_numpy(bits.astype(np.bool_)).view(tuple(shape))
+    return torch.from_numpy(bits.view(np.bool_)).view(tuple(shape))
 
 
 def nm_mask(scores: Tensor, keep: int, block: int, axis: int) -> Tensor:

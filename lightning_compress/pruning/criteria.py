@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from lightning_compress.functional.finite import nonfinite
 from lightning_compress.names import name_of, resolve
 from lightning_compress.pruning.followers import alone_behind, followers
 from lightning_compress.pruning.rules import (
@@ -181,7 +182,7 @@ def _labels(needs: frozenset[str], model: nn.Module, inputs: Calibration) -> str
 
 
 def _finite(scores: Tensor, rule: Criterion, target: Target) -> Tensor:
-    bad = int((~scores.isfinite()).sum())
+    bad = nonfinite(scores)
     if bad:
         raise ValueError(
             f"{bad} of {scores.numel()} scores of {target.key} are not finite (criterion {name_of(rule)}): "

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_compress.functional.computed import Computed
 from lightning_compress.functional.masks import count_pruned, row_mask, topk_mask
+from lightning_compress.functional.ranking import Cut, lowest
 from lightning_compress.pruning.patterns import NM, Pattern
 from lightning_compress.targets import Target
 
@@ -40,33 +43,43 @@ class Selection:
         scores: Mapping[str, Tensor],
         alive: Mapping[str, Tensor],
         shares: Mapping[str, float],
-    ) -> dict[str, Tensor]:
+    ) -> Mapping[str, Tensor]:
         """The units that stay.
 
         Args:
             targets: weights.
-            scores: target key -> score of every unit.
+            scores: target key -> score of every unit; may be made when asked for, several times.
             alive: target key -> whether something of the unit is kept now; others go first.
             shares: target key -> share of zeros.
 
         Returns:
-            Target key -> bool tensor, one entry per unit.
+            Target key -> bool tensor, one entry per unit; made when asked for.
 
         Raises:
             ValueError: max_layer_sparsity leaves less room than the shares ask for.
         """
+        named = {t.key: t for t in targets}
+        comparable = scores
         if self.normalize_layers:
-            scores = {t.key: _comparable(scores[t.key], alive[t.key]) for t in targets}
-        ranked = {t.key: scores[t.key].masked_fill(~alive[t.key], -torch.inf) for t in targets}
+            comparable = Computed(named, lambda key: _comparable(scores[key], alive[key]))
+
+        def rank(key: str) -> Tensor:
+            living = alive[key]
+            return comparable[key] if bool(living.all()) else comparable[key].masked_fill(~living, -torch.inf)
+
+        ranked: Mapping[str, Tensor] = Computed(named, rank)
+        if not isinstance(scores, Computed):  # they are held anyway
+            ranked = dict(ranked)
         if isinstance(self.pattern, NM):
-            return {t.key: self.pattern.kept(t, ranked[t.key], shares[t.key]) for t in targets}
+            zeros = self.pattern
+            return Computed(named, lambda key: zeros.kept(named[key], ranked[key], shares[key]))
         if self.threshold is not None:
-            return {t.key: self._above(t, scores[t.key], ranked[t.key]) for t in targets}
+            return Computed(named, lambda key: self._above(named[key], comparable[key], ranked[key]))
         if self.scope == "row":
-            return {t.key: _row(t, ranked[t.key], shares[t.key]) for t in targets}
+            return Computed(named, lambda key: _row(named[key], ranked[key], shares[key]))
         if self.scope == "layer":
-            return {t.key: self._layer(ranked[t.key], shares[t.key]) for t in targets}
-        return self._global(targets, ranked, shares)
+            return Computed(named, lambda key: self._layer(ranked[key], shares[key]))
+        return self._global(targets, ranked, alive, shares)
 
     def _above(self, target: Target, scores: Tensor, ranked: Tensor) -> Tensor:
         assert self.threshold is not None
@@ -83,15 +96,19 @@ class Selection:
         return topk_mask([ranked], min(count_pruned(share, total), self.pattern.most(total, 1.0)))[0]
 
     def _global(
-        self, targets: Sequence[Target], ranked: Mapping[str, Tensor], shares: Mapping[str, float]
-    ) -> dict[str, Tensor]:
+        self,
+        targets: Sequence[Target],
+        ranked: Mapping[str, Tensor],
+        alive: Mapping[str, Tensor],
+        shares: Mapping[str, float],
+    ) -> Mapping[str, Tensor]:
         """One ranking for each set of targets that have the same share and are alike (complex or real)."""
         sets: dict[tuple[float, bool], list[Target]] = {}
         for t in targets:
             sets.setdefault((shares[t.key], t.weight.is_complex()), []).append(t)
-        kept: dict[str, Tensor] = {}
+        cuts: dict[str, tuple[Cut, int]] = {}
         for (share, _), members in sets.items():
-            sizes = [ranked[t.key].numel() for t in members]
+            sizes = [alive[t.key].numel() for t in members]
             k = min(count_pruned(share, sum(sizes)), sum(self.pattern.most(n, 1.0) for n in sizes))
             room = sum(self.pattern.most(n, self.max_layer_sparsity) for n in sizes)
             if k > room:
@@ -99,17 +116,19 @@ class Selection:
                     f"sparsity={share} asks for {k} zeros, but max_layer_sparsity="
                     f"{self.max_layer_sparsity} allows {room}: raise it."
                 )
-            scores = [self._capped(ranked[t.key]) for t in members]
-            device = scores[0].device
-            for t, mask in zip(members, topk_mask([s.to(device) for s in scores], k), strict=True):
-                kept[t.key] = mask.to(t.weight.device)
-                if not bool(mask.any()):
+            cut = lowest(_Scores([t.key for t in members], ranked, self._capped), k)
+            for place, (t, size) in enumerate(zip(members, sizes, strict=True)):
+                cuts[t.key] = cut, place
+                if cut.dropped[place] == size:
                     warnings.warn(
                         f"{t.key} has no weight left: set max_layer_sparsity below 1 to keep some "
                         f"(now {self.max_layer_sparsity}).",
                         stacklevel=2,
                     )
-        return kept
+        return Computed(
+            (t.key for t in targets),
+            lambda key: cuts[key][0].mask(cuts[key][1], self._capped(ranked[key])),
+        )
 
     def _capped(self, scores: Tensor) -> Tensor:
         """Scores in which the units that may not go are out of reach."""
@@ -117,6 +136,21 @@ class Selection:
         if most == scores.numel():
             return scores
         return scores.masked_fill(topk_mask([scores], most)[0], torch.inf)
+
+
+class _Scores(Sequence[Tensor]):
+    """Some of the scores in order, made when they are asked for."""
+
+    def __init__(
+        self, keys: Sequence[str], scores: Mapping[str, Tensor], change: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._keys, self._scores, self._change = keys, scores, change
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._change(self._scores[self._keys[place]])
 
 
 def _row(target: Target, ranked: Tensor, share: float) -> Tensor:

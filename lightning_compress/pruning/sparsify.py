@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import codes
+from lightning_compress.functional.computed import Computed
+from lightning_compress.functional.freeing import Freeing
+from lightning_compress.functional.masks import apply_mask_, pack_bits, unpack_bits
 from lightning_compress.names import lookup, matches, name_of
 from lightning_compress.plans import Plan
 from lightning_compress.pruning.criteria import Criterion, criterion, measure
 from lightning_compress.pruning.followers import companions, silent
 from lightning_compress.pruning.patterns import NM, Channel, Pattern, pattern
-from lightning_compress.pruning.rules import wanda
+from lightning_compress.pruning.rules import magnitude, wanda
 from lightning_compress.pruning.selection import Selection
 from lightning_compress.stats import Calibration, Stats
 from lightning_compress.tables import listing
@@ -170,26 +173,30 @@ class Prune(Transform):
         found = survey(model, self.include, self.exclude)
         shares, skipped = self.shares(found.targets)
         targets = [t for t in found.targets if t.key in shares]
-        scores, source = self.scores(model, targets, data)
+        scores, source = self._scores(model, targets, data)
         skipped |= {t.key: "no BatchNorm directly follows it" for t in targets if t.key not in scores}
         targets = [t for t in targets if t.key in scores]
-        old = {t.key: self.present_mask(t) for t in targets}
-        masks = self.masks(targets, scores, old, shares)
+        named = {t.key: t for t in targets}
+        old = Computed(named, lambda key: self.present_mask(named[key]))
+        masks = self._masks(targets, scores, old, shares)
         layers: dict[str, dict[str, Any]] = {}
+        reached, freeing = bool(targets), Freeing()
         for t in targets:
-            if bool(masks[t.key].all()):
+            freeing.worked_on(t.weight.nbytes)
+            mask = masks[t.key]
+            reached = reached and torch.equal(mask, old[t.key])
+            if bool(mask.all()):
                 skipped[t.key] = "none of its elements are among those that go"
             else:
-                layers[t.key] = {"layer": t.name, "param": t.param, "mask": masks[t.key].cpu()}
-        reached = bool(targets) and all(torch.equal(masks[t.key], old[t.key]) for t in targets)
+                layers[t.key] = _decision(t, mask)
         if isinstance(pattern(self.pattern), Channel):
             x = None if data is None or not data.available else data.example(model)
             for part, mask in self.silenced(model, targets, masks, x, skipped):
                 before = codes.current_mask(part)
                 mask = mask if before is None else mask & before
                 if part.key in layers:
-                    mask = mask & layers[part.key]["mask"].to(mask.device)
-                layers[part.key] = {"layer": part.name, "param": part.param, "mask": mask.cpu()}
+                    mask = mask & unpack_bits(layers[part.key]["packed"], mask.shape).to(mask.device)
+                layers[part.key] = _decision(part, mask)
         return Plan(layers, found.skipped | skipped, identity=reached, data=source)
 
     def apply(self, model: nn.Module, plan: Plan) -> None:
@@ -205,15 +212,22 @@ class Prune(Transform):
         todo = []
         for key, decided in plan.layers.items():
             module, weight = locate(model, decided["layer"], decided["param"])
-            mask = decided["mask"]
-            if weight.shape != mask.shape or mask.dtype != torch.bool:
+            shape = tuple(decided["shape"])
+            if weight.shape != shape:
                 raise ValueError(
-                    f"the mask of {key} has shape {tuple(mask.shape)}, its weight {tuple(weight.shape)}, and dtype "
-                    f"{mask.dtype}: apply the plan to the architecture it was made for."
+                    f"the mask of {key} has shape {shape}, its weight {tuple(weight.shape)}: apply the plan to the "
+                    "architecture it was made for."
                 )
-            todo.append((module, decided["param"], mask))
-        for module, param, mask in todo:
-            codes.set_mask(module, param, mask)
+            try:
+                code = codes.Mask.of_bits(decided["packed"], weight.shape)
+            except (AttributeError, ValueError) as error:
+                raise ValueError(f"the mask of {key}: {error}") from None
+            todo.append((module, decided["param"], weight, code))
+        freeing = Freeing()
+        for module, param, weight, code in todo:
+            freeing.worked_on(weight.nbytes)
+            apply_mask_(weight, code.mask.to(weight.device))
+            codes.attach(module, param, code)
 
     def shares(self, targets: Sequence[Target]) -> tuple[dict[str, float], dict[str, str]]:
         """The final sparsity of every target, and why some have none: no pattern of names or of zeros fits.
@@ -270,13 +284,27 @@ class Prune(Transform):
         Raises:
             ValueError: scores of a wrong shape or not finite, with the layer and the count.
         """
+        found, source = self._scores(model, targets, data, measured)
+        return dict(found), source
+
+    def _scores(
+        self,
+        model: nn.Module,
+        targets: Sequence[Target],
+        data: Calibration | None = None,
+        measured: Mapping[str, Stats] | None = None,
+    ) -> tuple[Mapping[str, Tensor], str]:
+        """As ``scores``; those of the magnitude, which are made in no time, are not kept."""
         rule, zeros, source = criterion(self.criterion, self.seed), pattern(self.pattern), ""
         if measured is None:
             measured, source = measure(rule, model, targets, data, self.samples)
         scaled = "norm_scale" not in getattr(rule, "needs", ())
-        known = [t for t in targets if scaled or measured[t.key].norm_scale is not None]
-        found = {t.key: zeros.scores(rule, t, measured.get(t.key), self.norm, self.normalize) for t in known}
-        return found, source
+        known = {t.key: t for t in targets if scaled or measured[t.key].norm_scale is not None}
+        seen = measured
+        found = Computed(
+            known, lambda key: zeros.scores(rule, known[key], seen.get(key), self.norm, self.normalize)
+        )
+        return found if rule is magnitude else dict(found), source
 
     def masks(
         self,
@@ -299,15 +327,26 @@ class Prune(Transform):
         Raises:
             ValueError: max_layer_sparsity leaves less room than the sparsity asks for.
         """
+        return dict(self._masks(targets, scores, old, shares))
+
+    def _masks(
+        self,
+        targets: Sequence[Target],
+        scores: Mapping[str, Tensor],
+        old: Mapping[str, Tensor],
+        shares: Mapping[str, float],
+    ) -> Mapping[str, Tensor]:
+        """As ``masks``, each made when it is asked for."""
         zeros, layers = pattern(self.pattern), self.normalize_layers
         if layers is None:
             layers = isinstance(zeros, Channel) and self.scope == "global" and self.threshold is None
         selection = Selection(
             zeros, self.scope, self.threshold, self.threshold_unit, self.max_layer_sparsity, layers
         )
-        alive = {t.key: zeros.units(t, old[t.key]) for t in targets}
+        named = {t.key: t for t in targets}
+        alive = Computed(named, lambda key: zeros.units(named[key], old[key]))
         kept = selection.kept(targets, scores, alive, shares)
-        return {t.key: zeros.elements(t, kept[t.key]) & old[t.key] for t in targets}
+        return Computed(named, lambda key: zeros.elements(named[key], kept[key]) & old[key])
 
     def silenced(
         self,
@@ -366,3 +405,8 @@ class Prune(Transform):
         if self.infer_masks:
             return (weight != 0) if mask is None else mask & (weight != 0)
         return torch.ones(weight.shape, dtype=torch.bool, device=weight.device) if mask is None else mask
+
+
+def _decision(target: Target, mask: Tensor) -> dict[str, Any]:
+    """The mask of a target in a plan, with one bit an entry."""
+    return {"layer": target.name, "param": target.param, "shape": list(mask.shape), "packed": pack_bits(mask)}

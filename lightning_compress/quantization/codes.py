@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lightning_compress.codes import Code
 from lightning_compress.functional import affine, formats
-from lightning_compress.functional.groups import Groups, like, real
+from lightning_compress.functional.groups import Groups, real
 
+Rounding = Callable[..., Tensor]
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32)
 
 
@@ -52,13 +53,28 @@ class GridCode(Code):
 
     def bits(self, weight: Tensor) -> int:
         """``min(b N, b kept + N)`` with b bits an entry (twice for a complex one), and the numbers of the groups."""
-        entries, kept = (int(real(t).numel()) for t in (weight, weight[weight != 0]))
+        entries = real(weight).numel()
+        kept = int(torch.count_nonzero(weight)) * (2 if weight.is_complex() else 1)
         side = sum(t.numel() * t.element_size() * 8 for t in vars(self).values() if isinstance(t, Tensor))
         return min(self.width * entries, self.width * kept + weight.numel()) + side
 
-    def _expand(self, values: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        shape = codes.shape[:-1] if dtype.is_complex else codes.shape
-        return self.groups.expand(values, shape, dtype.is_complex)
+    def _codes(self, weight: Tensor, kind: torch.dtype, rounded: Rounding, *numbers: Tensor | None) -> Tensor:
+        """The integers of a weight, piece by piece: ``rounded(values, *numbers of their groups)``."""
+        values = real(weight.detach())
+        codes = torch.empty(values.shape, dtype=kind)
+        for index, parts in self.groups.pieces(weight.shape, *numbers, is_complex=weight.is_complex()):
+            codes[index] = rounded(values[index].cpu(), *parts).to(kind)
+        return codes
+
+    def _values(self, codes: Tensor, dtype: torch.dtype, value: Rounding, *numbers: Tensor | None) -> Tensor:
+        """Inverse of ``_codes``: a weight of this dtype."""
+        weight = torch.empty(codes.shape[:-1] if dtype.is_complex else codes.shape, dtype=dtype)
+        values = real(weight)
+        if values.shape != codes.shape:
+            raise ValueError(f"codes of shape {tuple(codes.shape)} are none of a weight of dtype {dtype}.")
+        for index, parts in self.groups.pieces(weight.shape, *numbers, is_complex=dtype.is_complex):
+            values[index] = value(codes[index], *parts).to(values.dtype)
+        return weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,14 +107,14 @@ class Affine(GridCode):
 
     def arrays(self, weight: Tensor) -> dict[str, Tensor]:
         """The integers, and what belongs to the groups."""
-        values = real(weight.detach()).cpu()
-        scale = self._expand(self.scale, values, weight.dtype)
-        zero = None if self.zero_point is None else self._expand(self.zero_point, values, weight.dtype)
-        if self.width == 1:
-            codes = torch.where(values >= 0, 1.0, -1.0)
-        else:
-            codes = affine.quantize(values, scale, zero, self.qmin, self.qmax)
-        fields = {"codes": codes.to(self.dtype), "scale": self.scale}
+
+        def rounded(values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+            if self.width == 1:
+                return torch.where(values >= 0, 1.0, -1.0)
+            return affine.quantize(values, scale, zero, self.qmin, self.qmax)
+
+        codes = self._codes(weight, self.dtype, rounded, self.scale, self.zero_point)
+        fields = {"codes": codes, "scale": self.scale}
         return fields if self.zero_point is None else {**fields, "zero_point": self.zero_point}
 
     @property
@@ -109,10 +125,12 @@ class Affine(GridCode):
 
     def rebuild(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """``s (q - z)``."""
-        codes = arrays["codes"].to(affine.wide(dtype.to_real()))
-        scale = self._expand(self.scale, codes, dtype)
-        zero = None if self.zero_point is None else self._expand(self.zero_point, codes, dtype)
-        return like(affine.dequantize(codes, scale, zero), dtype)
+        wide = affine.wide(dtype.to_real())
+
+        def value(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+            return affine.dequantize(codes.to(wide), scale, zero)
+
+        return self._values(arrays["codes"], dtype, value, self.scale, self.zero_point)
 
     def config(self) -> dict[str, Any]:
         """The attributes that are not tensors; the zero point too when there is none."""
@@ -160,20 +178,23 @@ class PowerOfTwo(GridCode):
 
     def arrays(self, weight: Tensor) -> dict[str, Tensor]:
         """Signed exponent codes, and the largest exponents."""
-        values = real(weight.detach()).cpu().float()
-        e_max = self._expand(self.e_max, values, weight.dtype).expand(values.shape)
-        codes, _ = formats.log2_quantize(values.reshape(-1, 1), self.width, e_max.reshape(-1), self.rounding)
-        return {
-            "codes": codes.view(values.shape).to(torch.int16 if self.width > 8 else torch.int8),
-            "e_max": self.e_max,
-        }
+
+        def rounded(values: Tensor, e_max: Tensor) -> Tensor:
+            limits = e_max.expand(values.shape).reshape(-1)
+            codes, _ = formats.log2_quantize(values.float().reshape(-1, 1), self.width, limits, self.rounding)
+            return codes.view(values.shape)
+
+        kind = torch.int16 if self.width > 8 else torch.int8
+        return {"codes": self._codes(weight, kind, rounded, self.e_max), "e_max": self.e_max}
 
     def rebuild(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Signs times powers of two."""
-        codes = arrays["codes"].to(torch.int32)
-        e_max = self._expand(self.e_max, codes, dtype).expand(codes.shape)
-        flat = formats.log2_dequantize(codes.reshape(-1, 1), e_max.reshape(-1), self.width)
-        return like(flat.view(codes.shape), dtype)
+
+        def value(codes: Tensor, e_max: Tensor) -> Tensor:
+            flat, limits = codes.to(torch.int32).reshape(-1, 1), e_max.expand(codes.shape).reshape(-1)
+            return formats.log2_dequantize(flat, limits, self.width).view(codes.shape)
+
+        return self._values(arrays["codes"], dtype, value, self.e_max)
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,14 +224,17 @@ class MiniFloatCode(GridCode):
 
     def arrays(self, weight: Tensor) -> dict[str, Tensor]:
         """Bit patterns and scales."""
-        values = real(weight.detach()).cpu().float()
-        codes = formats.minifloat_quantize(
-            values / self._expand(self.scale, values, weight.dtype), self.exponent, self.mantissa
-        )
-        return {"codes": codes.to(torch.uint8 if self.width <= 8 else torch.int32), "scale": self.scale}
+
+        def rounded(values: Tensor, scale: Tensor) -> Tensor:
+            return formats.minifloat_quantize(values.float() / scale, self.exponent, self.mantissa)
+
+        kind = torch.uint8 if self.width <= 8 else torch.int32
+        return {"codes": self._codes(weight, kind, rounded, self.scale), "scale": self.scale}
 
     def rebuild(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Values of the bit patterns, times the scales."""
-        codes = arrays["codes"].to(torch.int32)
-        values = formats.minifloat_dequantize(codes, self.exponent, self.mantissa)
-        return like(values * self._expand(self.scale, codes, dtype), dtype)
+
+        def value(codes: Tensor, scale: Tensor) -> Tensor:
+            return formats.minifloat_dequantize(codes.to(torch.int32), self.exponent, self.mantissa) * scale
+
+        return self._values(arrays["codes"], dtype, value, self.scale)

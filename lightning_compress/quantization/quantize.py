@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import codes
-from lightning_compress.codes import Code
 from lightning_compress.functional.groups import Granularity, PerChannel
 from lightning_compress.plans import Plan
 from lightning_compress.quantization import activations, assignment, rounding, sensitivity
 from lightning_compress.quantization.equalize import equalize
 from lightning_compress.quantization.grids import Format, Grid, format_of
 from lightning_compress.quantization.quantizers import InputQuantizer
-from lightning_compress.quantization.writing import carry_out, other_changes
+from lightning_compress.quantization.writing import carry_out, decided_value, other_changes
 from lightning_compress.stats import Calibration, Stats
 from lightning_compress.stats.matrices import bias_of, collected, corrected, has_gram
 from lightning_compress.tables import reasons
@@ -226,9 +225,8 @@ class Quantize(Transform):
 
     @staticmethod
     def _holds(target: Target, decided: Mapping[str, Any]) -> bool:
-        code = Code.registry[decided["kind"]].restore(decided["arrays"], decided["config"])
         weight = target.weight.detach()
-        return torch.equal(code.rebuild(decided["arrays"], weight.dtype), weight.cpu())
+        return torch.equal(decided_value(decided, weight)[0], weight.cpu())
 
     def _widths(
         self,
@@ -289,9 +287,10 @@ class Quantize(Transform):
             raise ValueError(f"{target.key} has a mask, and one bit has no zero: give it 2 bits or more.")
         code = self.grid(bits).code(weight, target.axes.out)
         arrays = code.arrays(weight)
-        if self.rounding == "compensated" and seen is not None and seen.gram is not None and bits > 1:
-            arrays["codes"] = rounding.compensated(target, code, seen.gram).to(arrays["codes"].dtype)
-        decided = {
+        gram = seen.gram if seen is not None and self.rounding == "compensated" and bits > 1 else None
+        if gram is not None:
+            arrays["codes"] = rounding.compensated(target, code, gram).to(arrays["codes"].dtype)
+        decided: dict[str, Any] = {
             "layer": target.name,
             "param": target.param,
             "kind": code.kind,
@@ -302,6 +301,9 @@ class Quantize(Transform):
         if self.bias_correction and seen is not None and seen.input_mean is not None and bias is not None:
             error = weight.cpu().double() - code.rebuild(arrays, weight.dtype).double()
             decided["bias"] = corrected(target, bias, error, seen.input_mean)
+        if gram is None and not self.equalize:
+            del arrays["codes"]  # they follow from the weight: plans of large models stay small
+            decided["shape"] = [*weight.shape]
         return decided
 
     def _activations(

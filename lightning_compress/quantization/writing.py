@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_compress import codes
 from lightning_compress.codes import Code
+from lightning_compress.functional.freeing import Freeing
 from lightning_compress.names import clean
 from lightning_compress.plans import Plan
 from lightning_compress.quantization.layers import quantize_input
@@ -28,11 +29,11 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
         ValueError: the model has no such layer, or of another shape, or a decision is malformed; nothing is written
             then.
     """
-    writes: list[tuple[Tensor, Tensor]] = []
-    attached: list[tuple[nn.Module, str, Code]] = []
+    todo: list[tuple[nn.Module, str, Mapping[str, Any]]] = []
     quantizers: list[tuple[nn.Module, InputQuantizer, bool]] = []
     modules = {clean(name): module for name, module in model.named_modules()}
-    for key, decided in plan.layers.items():
+    for key, entry in plan.layers.items():
+        decided: Mapping[str, Any] = entry
         try:
             if "param" not in decided:
                 module = modules[decided["layer"]]
@@ -42,30 +43,55 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
                         quantizers.append((module, quantizer, slot == "output_quantizer"))
                 continue
             module, weight = locate(model, decided["layer"], decided["param"])
-            if "value" in decided:
-                writes.append((weight, decided["value"]))
-                continue
-            code = Code.registry[decided["kind"]].restore(decided["arrays"], decided["config"])
-            writes.append((weight, code.rebuild(decided["arrays"], weight.dtype)))
-            attached.append((module, decided["param"], code))
+            _check_shape(weight, tuple(decided.get("shape", weight.shape)))
+            _check_shape(
+                weight, decided_value(decided, weight)[0].shape
+            )  # made once more below: not all at once
             if "bias" in decided:
-                writes.append((parameter(module, "bias"), decided["bias"]))
+                _check_shape(parameter(module, "bias"), decided["bias"].shape)
+            todo.append((module, decided["param"], decided))
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise ValueError(f"the decision about {key!r} does not fit this model: {error!r}.") from error
-    for tensor, value in writes:
-        if tensor.shape != value.shape:
-            raise ValueError(
-                f"the plan has a value of shape {tuple(value.shape)} for a parameter of shape "
-                f"{tuple(tensor.shape)}: apply it to the architecture it was made for."
-            )
-    with torch.no_grad():
-        for tensor, value in writes:
-            tensor.copy_(value)
-    for module, param, code in attached:
-        codes.attach(module, param, code)
+    freeing = Freeing()
+    for module, param, decided in todo:
+        weight = parameter(module, param)
+        freeing.worked_on(weight.nbytes)
+        value, code = decided_value(decided, weight)
+        with torch.no_grad():
+            weight.copy_(value)
+            if "bias" in decided:
+                parameter(module, "bias").copy_(decided["bias"])
+        if code is not None:
+            codes.attach(module, param, code)
     for module, quantizer, output in quantizers:
         device = next((p.device for p in module.parameters()), None)
         quantize_input(module, quantizer.to(device), output)
+
+
+def decided_value(decided: Mapping[str, Any], weight: Tensor) -> tuple[Tensor, Code | None]:
+    """What a weight becomes, and its code.
+
+    Args:
+        decided: about it. Without codes among its arrays, they are those of the nearest values of the grid.
+        weight: as it is now.
+
+    Returns:
+        The value, on the CPU where it has a code, and the code; None for a weight that is left in float.
+    """
+    if "value" in decided:
+        return decided["value"], None
+    arrays = decided["arrays"]
+    code = Code.registry[decided["kind"]].restore(arrays, decided["config"])
+    arrays = arrays if "codes" in arrays else code.arrays(weight)
+    return code.rebuild(arrays, weight.dtype), code
+
+
+def _check_shape(tensor: Tensor, shape: Sequence[int]) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(
+            f"the plan has a value of shape {tuple(shape)} for a parameter of shape {tuple(tensor.shape)}: apply it to "
+            "the architecture it was made for."
+        )
 
 
 def other_changes(

@@ -105,8 +105,7 @@ def encoded_bytes(arrays: Mapping[str, Tensor]) -> int:
     for name, tensor in arrays.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         words = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().view(CARRIERS[dtype])
-        _, streams = encode_array(name, dtype, tuple(tensor.shape), words)
-        total += sum(map(len, streams))
+        total += encode_array(name, dtype, tuple(tensor.shape), words, write=len).stored_bytes
     return total
 
 

@@ -1,0 +1,155 @@
+"""Compress, save and load random transformers of 1 to 100 million parameters: seconds, and memory beside the model.
+
+python recipes/benchmarks/archive_scale.py [--method quantize4] [--millions 1 3 10 30 100]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import lightning_compress as lc
+from lightning_compress import tables
+from lightning_compress.archive import load, save
+from lightning_compress.transform import Transform
+
+SHAPES = {0.1: (48, 2), 1: (128, 4), 3: (192, 6), 10: (320, 7), 30: (512, 9), 100: (768, 14)}  # width, layers
+METHODS: dict[str, Callable[[], Transform]] = {
+    "prune": lambda: lc.Prune(0.9),
+    "prune half": lambda: lc.Prune(0.5),
+    "quantize8": lambda: lc.Quantize(8),
+    "quantize4": lambda: lc.Quantize(4),
+}
+
+
+class Transformer(nn.Module):
+    """An encoder with an embedding and a head; random weights.
+
+    Args:
+        width: channels d; the vocabulary has 10 d entries.
+        layers: how many.
+    """
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10 * width, width)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 4, 4 * width, batch_first=True) for _ in range(layers)
+        )
+        self.head = nn.Linear(width, 10)
+        for matrix in self.parameters():
+            if matrix.dim() > 1:
+                nn.init.normal_(matrix, std=0.02)
+
+
+class Memory:
+    """Peak of the resident memory of this process in MB, above what it was at the start."""
+
+    def __init__(self) -> None:
+        self._start = self._now("VmRSS")
+
+    @staticmethod
+    def _now(name: str) -> float:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition(f"{name}:")[2].split()[0]) / 1024
+
+    @staticmethod
+    def settle() -> None:
+        """Give what is not used back to the system, and start the peak anew."""
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+    def peak(self) -> float:
+        """Since the last call of ``settle``."""
+        return self._now("VmHWM") - self._start
+
+
+def measured(memory: Memory, work: Callable[[], Any]) -> dict[str, Any]:
+    """Seconds and peak of one phase, and what it returns."""
+    memory.settle()
+    start = time.perf_counter()
+    result = work()
+    return {"seconds": time.perf_counter() - start, "peak": memory.peak(), "result": result}
+
+
+def phases(millions: float, method: str, path: Path) -> dict[str, Any]:
+    """Compress and save, or load the file that is there, in this process."""
+    writing = not path.exists()
+    small = Transformer(8, 1)  # imports, compiled loops and buffers are no part of what is measured
+    lc.compress(small, METHODS[method](), inplace=True)
+    save(small, path.with_suffix(".small"))
+    load(path.with_suffix(".small"), Transformer(8, 1))
+    torch.manual_seed(0)
+    model = Transformer(*SHAPES[millions])
+    Memory.settle()
+    memory = Memory()
+    sizes = [p.numel() * p.element_size() for p in model.parameters()]
+    row: dict[str, Any] = {
+        "params": sum(sizes) // 4,
+        "model": sum(sizes) / 2**20,
+        "layer": max(sizes) / 2**20,
+    }
+    if writing:
+        row["compress"] = measured(memory, lambda: lc.compress(model, METHODS[method](), inplace=True))
+        row["compress"]["result"] = None
+        row["save"] = measured(memory, lambda: save(model, path).file_bytes)
+    else:
+        row["load"] = measured(memory, lambda: load(path, model) is model)
+    return row
+
+
+def row_of(millions: float, method: str) -> dict[str, Any]:
+    """One size: a process writes the file and another one reads it."""
+    with tempfile.TemporaryDirectory() as folder:
+        row: dict[str, Any] = {}
+        for _ in range(2):
+            command = [sys.executable, __file__, "--child", folder, "--method", method, "--millions"]
+            done = subprocess.run([*command, f"{millions:g}"], check=True, capture_output=True, text=True)
+            row |= json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Sizes in MB = 2^20 bytes."""
+    header = ["params", "model", "largest layer", "allowed", "file bytes"]
+    kinds = ("compress", "save", "load")
+    header += [f"{kind} s" for kind in kinds] + [f"{kind} peak" for kind in kinds]
+    body = [
+        [r["params"], r["model"], r["layer"], 1.2 * r["layer"] + 0.1 * r["model"], r["save"]["result"]]
+        + [r[kind]["seconds"] for kind in kinds]
+        + [r[kind]["peak"] for kind in kinds]
+        for r in rows
+    ]
+    return tables.text(header, body)
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--method", choices=METHODS, default="quantize4")
+    parser.add_argument("--millions", type=float, nargs="+", choices=SHAPES, default=[1, 3, 10, 30, 100])
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.child:
+        print(json.dumps(phases(options.millions[0], options.method, options.child / "net.lcz")))
+        return []
+    rows = [row_of(millions, options.method) for millions in options.millions]
+    print(f"{options.method}, one thread, MB above the model:\n\n{table(rows)}")
+    return rows
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
