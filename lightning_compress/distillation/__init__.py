@@ -1,0 +1,1 @@
+"""Distillation: a small model trained on the outputs of a large one, with data or without."""
