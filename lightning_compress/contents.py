@@ -27,6 +27,7 @@ from lightning_compress.transform import Step
 
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in CARRIERS}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_SMALL_PLAN = 1 << 20  # bytes
 _STALE = "its {} code does not give its bits any more and was not used"
 
 
@@ -215,20 +216,26 @@ def check_plans(header: Header, model: nn.Module) -> None:
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         return sum(map(size, inner))
 
-    most = 4 * sum(tensor.nbytes for tensor in state_of(model)[0].values()) + 2**20
     for _, step in header.steps:
-        if size(step["plan"]) > most:
+        declared = size(step["plan"])
+        if declared <= _SMALL_PLAN:
+            continue
+        most = 4 * sum(tensor.nbytes for tensor in state_of(model)[0].values()) + _SMALL_PLAN
+        if declared > most:
             raise ValueError(
-                f"step {step['name']!r} declares {size(step['plan']):,} bytes of decisions; allowed are {most:,}"
+                f"step {step['name']!r} declares {declared:,} bytes of decisions; allowed are {most:,}"
             )
 
 
-def check_fit(header: Header, model: nn.Module, steps: Sequence[tuple[str, Step]]) -> list[tuple[str, str]]:
+def check_fit(
+    header: Header, model: nn.Module, state: dict[str, Tensor], steps: Sequence[tuple[str, Step]]
+) -> list[tuple[str, str]]:
     """Compare everything declared with a model.
 
     Args:
         header: of the file.
         model: the model to load into, with the structure that the steps give it.
+        state: what is stored of it.
         steps: all applied steps.
 
     Returns:
@@ -237,7 +244,6 @@ def check_fit(header: Header, model: nn.Module, steps: Sequence[tuple[str, Step]
     Raises:
         ValueError: names, dtypes or shapes differ, or a code or the place of a step is unknown.
     """
-    state, _ = state_of(model)
     kind = type(model).__name__
     stored = {s.tensor.name: s.tensor for s in header.tensors}
     stored |= {alias: stored[name] for alias, name in header.aliases.items()}

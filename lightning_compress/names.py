@@ -24,7 +24,7 @@ def clean(name: str) -> str:
         >>> clean("net._orig_mod.0.weight")
         'net.0.weight'
     """
-    return ".".join(p for p in name.split(".") if p != "_orig_mod")
+    return ".".join(p for p in name.split(".") if p != "_orig_mod") if "_orig_mod" in name else name
 
 
 def matches(pattern: str, *names: str) -> bool:

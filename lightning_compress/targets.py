@@ -364,15 +364,23 @@ def locate(model: nn.Module, layer: str, param: str) -> tuple[nn.Module, nn.Para
         >>> locate(nn.Sequential(nn.Linear(3, 2)), "0", "weight")[1].shape
         torch.Size([2, 3])
     """
-    for name, module in model.named_modules():
-        if clean(name) == layer:
-            try:
-                return module, parameter(module, param)
-            except AttributeError:
-                break
-    raise ValueError(
-        f"{type(model).__name__} has no weight {layer}.{param}: is it the architecture that was compressed?"
-    )
+    module = _compiled(model)
+    try:
+        for part in layer.split(".") if layer else ():
+            module = _compiled(module._modules[part])
+        return module, parameter(module, param)
+    except (AttributeError, KeyError):
+        raise ValueError(
+            f"{type(model).__name__} has no weight {layer}.{param}: is it the architecture that was compressed?"
+        ) from None
+
+
+def _compiled(module: Any) -> nn.Module:
+    """The module that ``torch.compile`` has wrapped, or this one."""
+    inner: nn.Module = module
+    while isinstance(inner._modules.get("_orig_mod"), nn.Module):
+        inner = inner._modules["_orig_mod"]  # type: ignore[assignment]
+    return inner
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

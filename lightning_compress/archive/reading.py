@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from lightning_compress.functional.freeing import Freeing
 from lightning_compress.tables import listing
 from lightning_compress.targets import locate
 from lightning_compress.transform import Step
+from lightning_compress.undo import unchanged_on_error
 
 _HELD = 8 << 20  # bytes of decoded tensors that loading keeps between its two passes
 
@@ -26,7 +27,7 @@ _HELD = 8 << 20  # bytes of decoded tensors that loading keeps between its two p
 def load(path: str | os.PathLike[str], into: nn.Module, *, max_bytes: int = 4 * 2**30) -> nn.Module:
     """Read an archive into a model of the original architecture: all of it, or on any error nothing.
 
-    Structural steps are replayed, on a copy before they touch ``into``; then values are copied in place, so every
+    Structural steps are replayed, and undone if anything goes wrong; then values are copied in place, so every
     ``Parameter`` stays the same object unless its structure changes; codes are attached again.
 
     Everything is decoded twice, one tensor at a time: first to see that all of it can be, then into ``into``. The first
@@ -61,15 +62,13 @@ def load(path: str | os.PathLike[str], into: nn.Module, *, max_bytes: int = 4 * 
             )
         contents.check_plans(header, into)
         steps = [(part, Step.from_json(step)) for part, step in header.steps]
-        rehearsal = into
-        if any(step.structural for _, step in steps):
-            rehearsal = copy.deepcopy(into)
-            transform.replay(rehearsal, steps)
-        tied = contents.check_fit(header, rehearsal, steps)
-        del rehearsal
-        held = _rehearse(reader, tied)
-        transform.replay(into, steps)  # nothing was changed before; what follows was rehearsed
-        _fill(into, reader, held)
+        structural = any(step.structural for _, step in steps)
+        with unchanged_on_error(into) if structural else nullcontext():
+            transform.replay(into, steps)
+            state, _ = contents.state_of(into)
+            tied = contents.check_fit(header, into, state, steps)
+            held = _rehearse(reader, tied)
+        _fill(into, state, reader, held)  # this was rehearsed
         transform.restore(into, steps)
     return into
 
@@ -96,11 +95,13 @@ def _rehearse(reader: Reader, tied: Sequence[tuple[str, str]]) -> dict[str, tupl
     return held
 
 
-def _fill(into: nn.Module, reader: Reader, held: dict[str, tuple[Tensor, Code | None]]) -> None:
+def _fill(
+    into: nn.Module, state: dict[str, Tensor], reader: Reader, held: dict[str, tuple[Tensor, Code | None]]
+) -> None:
     """Copy the values into a model of the right structure, and attach the codes."""
     for _, module, param, _ in list(codes.of(into)):
         codes.remove(module, param)
-    (state, _), freeing = contents.state_of(into), Freeing()
+    freeing = Freeing()
     for stored in reader.header.tensors:
         name = stored.tensor.name
         tensor, code = held.pop(name) if name in held else contents.decode(stored, reader)
