@@ -100,6 +100,18 @@ class Transform(ABC):
             plan: what ``plan`` returned.
         """
 
+    def restructure(self, model: nn.Module, plan: Plan) -> None:
+        """Give a fresh model the structure of a plan; its values are loaded afterwards.
+
+        Args:
+            model: changed in place.
+            plan: the structure of a plan.
+
+        Raises:
+            ValueError: as ``apply``.
+        """
+        self.apply(model, plan)
+
     @classmethod
     def structure(cls, plan: Plan) -> Plan:
         """The part of a plan that a fresh model needs before weights are loaded into it.
@@ -267,7 +279,7 @@ def replay(model: nn.Module, steps: Iterable[tuple[str, Step]]) -> list[Step]:
         if position < sum(s.structural for s in part.__dict__.get(_APPLIED, ())):
             continue
         known = Transform.registry[step.name]
-        known().apply(part, known.structure(step.plan))  # default options: apply follows the plan alone
+        known().restructure(part, known.structure(step.plan))  # default options: apply follows the plan alone
         record(part, step)
         done.append(step)
     return done

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 _CONTAINERS = (dict, list, set, tuple)
+_PLAIN = (bool, int, float, str, type(None), Tensor, nn.Parameter)  # most attributes
 _DEPTH = 8  # of containers in containers, which may hold themselves
 
 
@@ -59,18 +60,12 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 
 def _remember(value: Any, found: list[tuple[Any, Any]], depth: int = 0) -> None:
     """What a plain container holds, and those inside it."""
-    if isinstance(value, dict):
-        inner = list(value.values())
-        found.append((value, list(value.items())))
-    elif isinstance(value, list | set):
-        inner = list(value)
-        found.append((value, inner))
-    else:
-        inner = list(value)
-    if depth < _DEPTH:
-        for part in inner:
-            if isinstance(part, _CONTAINERS):
-                _remember(part, found, depth + 1)
+    inner = list(value.values() if isinstance(value, dict) else value)
+    if not isinstance(value, tuple):
+        found.append((value, list(value.items()) if isinstance(value, dict) else inner))
+    for part in inner:
+        if type(part) not in _PLAIN and isinstance(part, _CONTAINERS) and depth < _DEPTH:
+            _remember(part, found, depth + 1)
 
 
 def _put_back(container: Any, content: list[Any]) -> None:

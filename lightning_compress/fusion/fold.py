@@ -142,6 +142,14 @@ def fold_into(layer: nn.Module, norm: nn.Module, place: str, eps: float) -> None
             codes.remove(layer, param)  # the mask of a pruned bias, say: its zeros are gone
 
 
+def make_bias(layer: nn.Module) -> None:
+    """Give a layer without a bias one of zeros."""
+    if layer._parameters["bias"] is None:
+        weight = parameter(layer, "weight")
+        zeros = weight.new_zeros(channels(layer, "after"))
+        layer.register_parameter("bias", nn.Parameter(zeros, requires_grad=weight.requires_grad))
+
+
 def on_grid(layer: nn.Module) -> codes.Code | None:
     """The code of a weight that lies on a grid, unless it is stale."""
     code = codes.read(layer, "weight")

@@ -27,6 +27,7 @@ from lightning_compress.fusion.fold import (
     channels,
     fold_into,
     fold_tensors,
+    make_bias,
     on_grid,
     rescaled,
 )
@@ -126,6 +127,21 @@ class FuseBatchNorm(Transform):
         Raises:
             ValueError: a layer of the plan is missing or has other channels; nothing is written then.
         """
+        self._fuse(model, plan, fold=True)
+
+    def restructure(self, model: nn.Module, plan: Plan) -> None:
+        """Make room for the biases and take the BatchNorm away; nothing is folded.
+
+        Args:
+            model: a fresh one, whose values are loaded afterwards.
+            plan: what ``plan`` returned.
+
+        Raises:
+            ValueError: as ``apply``.
+        """
+        self._fuse(model, plan, fold=False)
+
+    def _fuse(self, model: nn.Module, plan: Plan, *, fold: bool) -> None:
         modules = {clean(name): module for name, module in model.named_modules(remove_duplicate=False)}
         for name, pair in plan.layers.items():
             layer: Any = modules.get(pair["layer"])
@@ -138,7 +154,10 @@ class FuseBatchNorm(Transform):
                 )
         identities: dict[nn.Module, nn.Module] = {}
         for name, pair in plan.layers.items():
-            fold_into(modules[pair["layer"]], modules[name], pair["place"], pair["eps"])
+            if fold:
+                fold_into(modules[pair["layer"]], modules[name], pair["place"], pair["eps"])
+            else:
+                make_bias(modules[pair["layer"]])
             identities[modules[name]] = nn.Identity().train(modules[name].training)
         replace_modules(model, identities)
 
