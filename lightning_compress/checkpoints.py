@@ -16,7 +16,9 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read or does not fit; the message says what to do."""
 
 
-def load_weights(model: nn.Module, path: str | Path, *, prefix: str | None = None) -> nn.Module:
+def load_weights(
+    model: nn.Module, source: str | Path | Mapping[str, Any], *, prefix: str | None = None
+) -> nn.Module:
     """Load a checkpoint into a network: the network's own names, or the same behind one common prefix.
 
     A checkpoint fits with prefix p if it has ``p + name`` for every name in ``model.state_dict()``, and no other name
@@ -27,8 +29,8 @@ def load_weights(model: nn.Module, path: str | Path, *, prefix: str | None = Non
 
     Args:
         model: the network, changed in place, or on any error not at all.
-        path: ``.safetensors``, ``.lcz``, or a file that ``torch.save`` wrote: a state dict or a Lightning checkpoint.
-            No code in it is run.
+        source: ``.safetensors``, ``.lcz``, or a file that ``torch.save`` wrote: a state dict or a Lightning checkpoint.
+            No code in it is run. Or the state dict or checkpoint itself.
         prefix: p; found by itself if None.
 
     Returns:
@@ -46,10 +48,13 @@ def load_weights(model: nn.Module, path: str | Path, *, prefix: str | None = Non
         >>> torch.equal(load_weights(nn.Linear(2, 1), path).weight, net.weight)
         True
     """
-    path = Path(path)
-    if path.suffix == ".lcz":
-        return archive.load(path, into=model)
-    found = _read(path)
+    if isinstance(source, Mapping):
+        path, found = "the given state dict", _tensors(source, "the given state dict")
+    else:
+        path = str(source)
+        if path.endswith(".lcz"):
+            return archive.load(path, into=model)
+        found = read_tensors(source)
     own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     needed = [name for name in own if not name.endswith("num_batches_tracked")]
     fitting = _prefixes(needed, found) if prefix is None else [prefix]
@@ -66,8 +71,28 @@ def load_weights(model: nn.Module, path: str | Path, *, prefix: str | None = Non
     return model
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name."""
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name.
+
+    Args:
+        path: ``.safetensors``, or a file that ``torch.save`` wrote: a state dict, or a dict that holds one as
+            ``state_dict``, ``model_state_dict`` or ``model``. No code in it is run.
+
+    Returns:
+        Name -> tensor on the CPU.
+
+    Raises:
+        ValueError: the file is not a checkpoint.
+        ImportError: the file needs a package that is not installed.
+
+    Examples:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/net.pth"
+        >>> torch.save({"model_state_dict": nn.Linear(2, 1).state_dict()}, path)
+        >>> list(read_tensors(path))
+        ['weight', 'bias']
+    """
+    path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}.")
     if path.suffix == ".safetensors":
@@ -89,6 +114,10 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read as tensors ({type(error).__name__}): give a state dict, a Lightning checkpoint "
             "or a .safetensors file; a pickled model is not opened, because that would run code from the file."
         ) from error
+    return _tensors(found, str(path))
+
+
+def _tensors(found: Any, path: str) -> dict[str, Tensor]:
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]

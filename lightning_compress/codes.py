@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.functional.bit_errors import Word
 from lightning_compress.functional.masks import apply_mask_, pack_bits, unpack_bits
 from lightning_compress.names import clean
 from lightning_compress.targets import Target, parameter
@@ -88,6 +89,11 @@ class Code(ABC):
     @abstractmethod
     def bits(self, weight: Tensor) -> int:
         """Counted storage bits of the weight under this code, before entropy coding."""
+
+    @property
+    def word(self) -> Word | None:
+        """Layout of one entry of the array "codes"; None for a code without one."""
+        return None
 
     def holds(self, arrays: Mapping[str, Tensor], weight: Tensor) -> bool:
         """Whether ``rebuild`` gives every bit of the weight.

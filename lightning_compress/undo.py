@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,7 +37,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         Linear(in_features=2, out_features=2, bias=True)
     """
     modules = [(module, type(module)) for module in model.modules()]
-    containers: list[tuple[Any, Any]] = []
+    containers: list[tuple[Any, Sequence[Any]]] = []
     for module, _ in modules:
         _remember(module.__dict__, containers)
     held = {id(t): t for t in (*model.parameters(), *model.buffers()) if not is_lazy(t)}
@@ -58,17 +58,21 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _remember(value: Any, found: list[tuple[Any, Any]], depth: int = 0) -> None:
+def _remember(value: Any, found: list[tuple[Any, Sequence[Any]]], depth: int = 0) -> None:
     """What a plain container holds, and those inside it."""
     inner = list(value.values() if isinstance(value, dict) else value)
     if not isinstance(value, tuple):
         found.append((value, list(value.items()) if isinstance(value, dict) else inner))
     for part in inner:
-        if type(part) not in _PLAIN and isinstance(part, _CONTAINERS) and depth < _DEPTH:
+        if type(part) in _PLAIN or not isinstance(part, _CONTAINERS):
+            continue
+        if part and depth < _DEPTH:
             _remember(part, found, depth + 1)
+        elif not part and not isinstance(part, tuple):
+            found.append((part, ()))  # most of them: the hooks of a module
 
 
-def _put_back(container: Any, content: list[Any]) -> None:
+def _put_back(container: Any, content: Sequence[Any]) -> None:
     container.clear()
     if isinstance(container, list):
         container.extend(content)

@@ -194,6 +194,23 @@ def test_all_but_the_streams_is_at_most_three_percent_of_a_small_lenet() -> None
     assert inspect("lenet.lcz").applied[0][1]["config"] == {"scope": "layer", "sparsity": 0.95}
 
 
+@pytest.mark.parametrize(("sparsity", "least", "most"), [(0.945, 3500, 4500), (0.955, 2500, 3500)])
+def test_the_header_is_at_most_three_percent_of_a_lenet_with_shared_values(
+    sparsity: float, least: int, most: int
+) -> None:
+    """Pruned, and weights and biases with few values: what recipes/lenet5.py makes, without its training."""
+    torch.manual_seed(0)
+    biases = [f"{layer}.bias" for layer in ("conv1", "conv2", "fc1", "fc2", "fc3")]
+    clusters = {"*.bias": 4, "*": 8}
+    sharing = lc.ShareWeights(clusters=clusters, codebook_dtype="float16", include=["*", *biases])
+    net = lc.compress(lc.models.LeNet5(), [lc.Prune(sparsity, scope="layer"), sharing]).model
+    info = save(net, "lenet.lcz")
+    assert least < info.file_bytes < most
+    others = sum(p.stored_bytes for p in info.parts if p.part in ("prefix", "header", "check"))
+    assert others <= 0.03 * info.file_bytes
+    assert info.applied[1][1]["config"]["clusters"] == clusters
+
+
 def test_the_sidecar_says_everything() -> None:
     net = lc.compress(lc.models.resnet20(), [lc.Prune(0.5, seed=7), lc.Quantize(4)]).model
     info = save(net, "net.lcz", sidecar=True, metadata={"data": "none"})

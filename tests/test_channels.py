@@ -21,6 +21,7 @@ from lightning_compress import codes
 from lightning_compress.channels.families import Channels, find_channels
 from lightning_compress.channels.surgery import cut
 from lightning_compress.channels.trace import trace
+from lightning_compress.channels.trials import Trials
 from lightning_compress.channels.watcher import tensors_of
 from lightning_compress.compress import compress
 from lightning_compress.cost import cost
@@ -28,7 +29,6 @@ from lightning_compress.models import ResNetCIFAR
 from lightning_compress.plans import Plan
 from lightning_compress.pruning.channels import RemoveChannels
 from lightning_compress.pruning.silence import silencing
-from lightning_compress.pruning.trials import Trials
 from lightning_compress.stats import Calibration
 from lightning_compress.stats.running import call
 from lightning_compress.targets import survey

@@ -202,6 +202,17 @@ def test_inspect_prints_what_the_library_says(net: nn.Module, capsys: pytest.Cap
     assert capsys.readouterr().out == f"{info}\n"
 
 
+def test_inspect_prints_sizes_and_one_tensor(net: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    info = lc.save(net, "net.lcz")
+    assert cli.main(["inspect", "net.lcz", "--sizes"]) == 0
+    assert capsys.readouterr().out == f"{info.size_report}\n"
+    assert cli.main(["inspect", "net.lcz", "--tensor", "0.weight"]) == 0
+    weight = net.state_dict()["0.weight"]
+    assert capsys.readouterr().out == f"0.weight: float32 {tuple(weight.shape)}\n{weight}\n"
+    assert cli.main(["inspect", "net.lcz", "--tensor", "0.wieght"]) == 2
+    assert "nearest names: 0.weight" in capsys.readouterr().err
+
+
 def test_model_arguments_reach_the_callable(net: nn.Module) -> None:
     argv = ["prune", "--model", "my_networks:build", "--output", "net.lcz", "--model_args.width", "3"]
     assert cli.main(argv) == 0

@@ -196,6 +196,19 @@ def test_long_streams_reach_their_entropy(coder: str, name: str) -> None:
     assert bound <= len(data) <= 1.001 * bound + max(table, fine) + 8
 
 
+@given(sources(), st.sampled_from(STATIC))
+@settings(max_examples=200)
+def test_streams_are_as_long_as_their_model_says(symbols: np.ndarray, coder: str) -> None:
+    if not symbols.size:
+        return
+    data = encode(symbols, coder)[1]
+    model, table = frequencies.read(data)
+    alphabet, counts = np.unique(symbols, return_counts=True)
+    assert np.array_equal(model.symbols, alphabet)
+    bits = float(np.sum(counts * (model.precision - np.log2(model.frequencies))))
+    assert len(data) - table <= 1.005 * bits / 8 + 8  # two words of 32 bits
+
+
 def _fine_model(symbols: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     alphabet, counts = np.unique(symbols, return_counts=True)
     precision = 16 if len(alphabet) <= 4096 else 24

@@ -326,13 +326,101 @@ def test_what_stays_float32_says_why() -> None:
     report = export_onnx(model, x, "mixed.onnx")
     assert {e.name: (e.weight, e.reason) for e in report.layers} == {
         "0.weight": ("int8", ""),
-        "1.weight": ("float32", "ONNX has no integers for power_of_two weights"),
+        "1.weight": ("uint8 indices", "a table of its values: products in float32"),
         "2.weight": ("float32", "9 bits are more than int8 holds"),
         "3.weight": ("float32", "its last run of inputs is shorter than the others"),
-        "4.weight": ("float32", "it has left its grid since it was quantized: quantize it again"),
+        "4.weight": ("float32", "it has left its values since it was compressed: compress it again"),
     }
     with torch.no_grad():
         torch.testing.assert_close(run("mixed.onnx", x)[0], model(x), atol=2e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "sharing",
+    [
+        lc.ShareWeights(clusters=16),
+        lc.ShareWeights(clusters=200, codebook_dtype="float16"),
+        lc.ShareWeights(clusters=8, codebook_bits=6),
+        lc.ShareWeights(clusters=20, block=2),
+        lc.ShareWeights("hash", clusters=30),
+        lc.ShareWeights("bloom", clusters=8),
+        lc.Quantize(5, format="log2"),
+    ],
+    ids=lambda t: f"{type(t).__name__}-{getattr(t, 'strategy', '')}-{getattr(t, 'clusters', '')}",
+)
+def test_few_values_are_a_table_and_a_byte_for_each_weight(sharing: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.ReLU(), nn.Flatten(2), nn.Linear(36, 50), nn.Linear(50, 9))
+    small, x = lc.compress(model, [lc.Prune(0.3), sharing]).model, torch.randn(4, 3, 8, 8)
+    report = export_onnx(small, x, "table.onnx")
+    weights = {name: small.get_parameter(name) for name in ("0.weight", "3.weight", "4.weight")}
+    assert {e.name: e.weight for e in report.layers} == dict.fromkeys(weights, "uint8 indices")
+    assert report.max_difference < 1e-5 and report.rms_rounding == 0
+    arrays, nodes = stored("table.onnx"), onnx.load("table.onnx").graph.node
+    wide = {node.output[0]: node.input[0] for node in nodes if node.op_type == "Cast"}
+    tables = {wide[node.input[1]]: node.input[0] for node in nodes if node.op_type == "Gather"}
+    assert tables.keys() == weights.keys()  # equal tables are one
+    for name, weight in weights.items():
+        table, indices = arrays[tables[name]], arrays[name]
+        assert indices.dtype == np.uint8 and np.array_equal(table[indices], weight.detach().numpy())
+    assert [entry.domain for entry in onnx.load("table.onnx").opset_import] == [""]
+    assert not kernels("table.onnx").keys() & {"Gather", "Cast", "Transpose"}  # floats once it is loaded
+    with torch.no_grad():
+        torch.testing.assert_close(run("table.onnx", x)[0], small(x), rtol=1e-5, atol=1e-5)
+    saved = sum(3 * w.numel() - 4 * len(w.unique()) for w in weights.values())
+    assert report.float32_bytes - report.file_bytes > saved - 3 * 200  # nodes and names
+
+
+def test_integers_and_tables_in_one_file() -> None:
+    model = nn.Sequential(
+        nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 30), nn.Linear(30, 30), nn.Linear(30, 4)
+    )
+    sharing = lc.ShareWeights(clusters={"2": 16, "3": 600})
+    model = lc.compress(model, [lc.Quantize(8, include=["0", "4"]), sharing]).model
+    stale = copy.deepcopy(model)
+    report = export_onnx(model, torch.randn(5, 30), "both.onnx", reduce_range=True)
+    assert {e.name: (e.weight, e.reason) for e in report.layers} == {
+        "0.weight": ("int8", "weights only: its inputs are float32"),
+        "2.weight": ("uint8 indices", "a table of its values: products in float32"),
+        "3.weight": ("float32", "it has 600 different values, and indices of a byte tell 256 apart"),
+        "4.weight": ("int8", "weights only: its inputs are float32"),
+    }
+    assert np.abs(stored("both.onnx")["0.weight"]).max() <= 64  # seven bits; tables stay
+    assert np.array_equal(np.unique(stored("both.onnx")["2.weight"]), np.arange(16))
+    stale[2].weight.data.mul_(1.01)
+    found = {e.name: e for e in export_onnx(stale, torch.randn(5, 30), "both.onnx").layers}["2.weight"]
+    assert found.weight == "float32" and "has left its values" in found.reason
+
+
+def test_one_table_for_a_weight_that_two_layers_read() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.out = nn.Embedding(50, 16), nn.Linear(16, 50, bias=False)
+            self.out.weight = self.tokens.weight
+            self.spare = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.tanh(self.tokens(x)))
+
+    model = lc.compress(Tied(), [lc.ShareWeights(clusters=8, include=["tokens", "spare"])]).model
+    x = torch.randint(50, (3, 7))
+    report = export_onnx(model, x, "tied.onnx")
+    arrays = stored("tied.onnx")
+    assert sorted(a.size for a in arrays.values() if a.dtype != np.int64) == [8, 800]
+    assert {e.name: e.weight for e in report.layers}["spare.weight"] == "float32"
+    with torch.no_grad():
+        torch.testing.assert_close(run("tied.onnx", x)[0], model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_where_a_table_saves_nothing_the_weight_stays() -> None:
+    layer = lc.compress(nn.Linear(40, 40), [lc.ShareWeights(clusters=32)]).model
+    few = nn.Linear(6, 6)
+    with torch.no_grad():
+        few.weight.copy_(layer.weight.unique()[:32].repeat(2)[:36].view(6, 6))
+    codes.attach(few, "weight", codes.read(layer, "weight"))
+    report = export_onnx(nn.Sequential(layer, nn.Linear(40, 6), few), torch.randn(2, 40), "few.onnx")
+    assert [e.weight for e in report.layers] == ["uint8 indices", "float32"]
+    assert report.layers[1].reason == "as float32 it takes no more"
 
 
 def test_a_layer_that_does_not_run_is_not_in_the_file() -> None:
@@ -347,7 +435,8 @@ def test_a_layer_that_does_not_run_is_not_in_the_file() -> None:
 
 def test_nothing_to_store_as_integers_is_an_error() -> None:
     with pytest.raises(
-        ValueError, match="Linear has no weight that int8 ONNX could store: no weight is quantized"
+        ValueError,
+        match=r"Linear has no weight that int8 ONNX could store; precision='float32' .* no weight is q",
     ):
         export_onnx(nn.Linear(2, 2), torch.ones(1, 2), "no.onnx")
     with pytest.raises(ValueError, match=r"0\.weight: 9 bits are more than int8 holds"):

@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightning_compress.functional.arrays import CARRIERS, Array, Block, Stream
+from lightning_compress.functional.entropy import CODERS
 from lightning_compress.functional.headers import CODERS_IN_FILES, DTYPES, Header, Stored
 from lightning_compress.functional.packing import DICTIONARY, pack, unpack
 from lightning_compress.functional.records import Cursor, dump, names, parse, sint, uint
@@ -172,5 +173,7 @@ def test_numbers_of_dtypes_and_coders_never_change() -> None:
     assert DTYPES[6:11] == ("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2")
     assert DTYPES[11:17] == ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
     assert CODERS_IN_FILES[:8] == ("raw", "bitpack", "ans", "range", "gaps", "zlib", "lzma", "adaptive")
+    assert CODERS_IN_FILES[8] == "huffman"
+    assert sorted(CODERS_IN_FILES) == sorted(CODERS)
     digest = hashlib.sha256(DICTIONARY).hexdigest()
-    assert digest == "eebbd6fe2b38d628de790742bcd6e92800ac3e1cac9056291301bc66842004b3"
+    assert digest == "0a06895334efc504bfcde8e43983fd3acaaf06a6ca9fbd1afa1710eab408c1e8"

@@ -22,6 +22,7 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 
 import lightning_compress as lc
+from lightning_compress.functional.tradeoff import hypervolume, pareto
 from lightning_compress.pipelines import CompressionConfig
 from lightning_compress.search import SearchResult, nsga, search, space_of
 from lightning_compress.search.assemble import Assembler
@@ -61,7 +62,7 @@ def test_ranks_are_those_of_the_definition(array: Any) -> None:
 @given(st.integers(1, 3).flatmap(points))
 def test_the_front_is_what_nothing_beats_each_once(array: Any) -> None:
     wanted = {tuple(p) for p in array if not any(beats(q, p) for q in array)}
-    found = [tuple(array[i]) for i in nsga.pareto(array)]
+    found = [tuple(array[i]) for i in pareto(array)]
     assert found == sorted(wanted)
 
 
@@ -71,7 +72,7 @@ def test_hypervolume_counts_the_cells_of_a_grid(array: Any) -> None:
     reference = 5
     cells = itertools.product(range(reference), repeat=array.shape[1])
     wanted = sum(any(all(p <= c) for p in array) for c in map(np.array, cells))
-    assert nsga.hypervolume(array, np.full(array.shape[1], float(reference))) == wanted
+    assert hypervolume(array, np.full(array.shape[1], float(reference))) == wanted
 
 
 @given(points())
@@ -342,7 +343,7 @@ def test_values_are_those_of_the_files_and_outputs(small: nn.Module) -> None:
         assert same(lc.compress(small, result.transforms(row)).model, model)
     every = np.array([list(row.values.values()) for row in result.evaluated])
     assert not any(beats(p, list(row.values.values())) for p in every for row in result)
-    assert result.hypervolume[-1] == pytest.approx(nsga.hypervolume(every, np.array([1.0, 1.0])))
+    assert result.hypervolume[-1] == pytest.approx(hypervolume(every, np.array([1.0, 1.0])))
 
 
 class Backwards(Executor):

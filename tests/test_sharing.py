@@ -519,6 +519,30 @@ def test_weights_that_are_on_a_grid_stay_there():
         lc.compress(result.model, [ShareWeights(include="1")])
     with pytest.raises(ValueError, match="prune first"):
         lc.compress(result.model, [lc.Prune(0.5)])
+    with pytest.raises(
+        ValueError, match=r"Quantize after ShareWeights is refused: .*codebook_bits=8.*quantize first"
+    ):
+        lc.compress(net, [ShareWeights(clusters=8), lc.Quantize(8)])
+
+
+def test_an_entry_of_clusters_may_name_a_weight_that_stays():
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    with torch.no_grad():
+        net[1].weight.zero_()
+    net = lc.compress(net, [lc.Quantize(4, include="0")]).model
+    result = lc.compress(net, [ShareWeights(clusters={"0": 8, "1": 16, "2": 4})])
+    assert "stored as affine already" in result.coverage.skipped["0.weight"]
+    assert "all its entries are zero" in result.coverage.skipped["1.weight"]
+    assert (
+        len(torch.unique(result.model[2].weight)) == 4
+        and codes.read(result.model[0], "weight").kind == "affine"
+    )
+    with pytest.raises(lc.NothingChangedError, match="stored as affine already"):
+        lc.compress(net, [ShareWeights(clusters={"0": 8}, include="0")])
+    with pytest.raises(
+        ValueError, match="clusters has '3', which fits no layer to share; these are: 0, 1, 2"
+    ):
+        lc.compress(net, [ShareWeights(clusters={"0": 8, "3": 8})])
 
 
 def test_weights_that_left_their_codebook_are_shared_again():

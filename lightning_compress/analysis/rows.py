@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 NAN = float("nan")
+
+
+def plain(value: Any) -> Any:
+    """JSON values: tuples become lists, NaN and infinity, which JSON lacks, null.
+
+    Args:
+        value: numbers, strings, None, and mappings and sequences of them.
+
+    Returns:
+        What ``json.dumps(..., allow_nan=False)`` takes.
+
+    Examples:
+        >>> from lightning_compress.analysis.rows import plain
+        >>> plain({"ber": float("nan"), "thresholds": (0.1, 0.2)})
+        {'ber': None, 'thresholds': [0.1, 0.2]}
+    """
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -85,3 +109,30 @@ class Row:
     def size_fraction(self) -> float:
         """``file_bytes / dense_bytes``; NaN without a file."""
         return self.file_bytes / self.dense_bytes if self.file_bytes and self.dense_bytes else NAN
+
+    def to_json(self) -> dict[str, Any]:
+        """All columns as JSON values; what is unknown is null."""
+        columns = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        ratios = {"compression_ratio": self.compression_ratio, "size_fraction": self.size_fraction}
+        found: dict[str, Any] = plain({**columns, **ratios})
+        return found
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Row:
+        """Inverse of ``to_json``; null becomes NaN.
+
+        Args:
+            value: what ``to_json`` returned.
+
+        Returns:
+            The row.
+
+        Examples:
+            >>> from lightning_compress.analysis.rows import Row
+            >>> Row.from_json(Row("a", "pruning", file_bytes=10, dense_bytes=40).to_json()).compression_ratio
+            4.0
+        """
+        names = {f.name for f in dataclasses.fields(Row)}
+        given: dict[str, Any] = {k: NAN if v is None else v for k, v in value.items() if k in names}
+        given["extra"] = {k: NAN if v is None else v for k, v in value["extra"].items()}
+        return Row(**given)

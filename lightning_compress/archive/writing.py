@@ -154,12 +154,12 @@ def _sidecar(path: Path, model: nn.Module, info: ArchiveInfo) -> bytes:
         "techniques": [step.name for _, step in steps],
         "applied": applied,
         "seed": named.get("seed", next((s.config["seed"] for _, s in steps if "seed" in s.config), None)),
-        "versions": versions | {"format": info.version, "lightning_compress": _own_version()},
+        "versions": versions | {"format": info.version, "lightning_compress": own_version()},
     }
     return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False).encode()
 
 
-def _own_version() -> str | None:
+def own_version() -> str | None:
     """Of the installed package; None where it is used without being installed."""
     try:
         return packages.version("lightning-compress")

@@ -20,7 +20,7 @@ from lightning_compress.callbacks.pruning import ScheduledPruning
 from lightning_compress.names import clean
 from lightning_compress.plans import Plan
 from lightning_compress.stats import Calibration
-from lightning_compress.stats.calibration import sample_count
+from lightning_compress.stats.drawing import sample_count
 from lightning_compress.targets import survey
 
 When = Literal["end", "validation"]

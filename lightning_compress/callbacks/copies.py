@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_compress.stats.calibration import take_samples
+from lightning_compress.stats.drawing import take_samples
 
 _SAMPLES = 2  # of the first batch; enough to follow the tensors
 

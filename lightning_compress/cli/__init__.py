@@ -1,7 +1,8 @@
 """The command line, ``lightning-compress VERB``: compress a trained network, export it, look into files, measure.
 
-A verb is a pair: a function that adds its options to a parser, and one that does the work (in `methods`, `recipes` and
-`files`; what they share is in `networks`). Input that cannot be used ends in one line on stderr and exit code 2.
+A verb is a pair: a function that adds its options to a parser, and one that does the work (in `methods`, `recipes`,
+`analysis` and `files`; what they share is in `networks`). Input that cannot be used ends in one line on stderr and exit
+code 2.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from lightning_compress.cli import files, methods, recipes
+from lightning_compress.cli import analysis, files, methods, recipes
 
 _OPTION = re.compile(r"(?<=^--)\w[\w-]*")
 
@@ -84,6 +85,11 @@ _VERBS: dict[str, _Verb] = {
         "search for the best settings of every layer and write the best archive under a target",
         recipes.search_options,
         recipes.find,
+    ),
+    "analyze": (
+        "try every technique on a trained network and report what it can bear",
+        analysis.analyze_options,
+        analysis.run,
     ),
     "export": (
         "write a quantized network as an ONNX file of integers",

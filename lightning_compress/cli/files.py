@@ -37,11 +37,18 @@ def export(options: Namespace) -> None:
 def inspect_options(parser: ArgumentParser) -> None:
     """Options of `inspect`."""
     parser.add_argument("path", help="the archive")
+    parser.add_argument("--sizes", action="store_true", help="show where every byte of the file went")
+    parser.add_argument("--tensor", help="name of a tensor: show its values; only what it needs is read")
 
 
 def inspect(options: Namespace) -> None:
     """Show what an archive holds."""
-    print(archive.inspect(options.path))
+    if options.tensor:
+        tensor = archive.load_tensor(options.path, options.tensor)
+        print(f"{options.tensor}: {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\n{tensor}")
+        return
+    info = archive.inspect(options.path)
+    print(info.size_report if options.sizes else info)
 
 
 def benchmark_options(parser: ArgumentParser) -> None:

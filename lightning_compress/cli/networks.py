@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_compress import archive, models
 from lightning_compress.checkpoints import load_weights
 from lightning_compress.container import replacing
-from lightning_compress.stats.calibration import SAMPLERS as DRAWN
+from lightning_compress.stats.drawing import SAMPLERS as DRAWN
 from lightning_compress.stats.running import call, evaluating
 from lightning_compress.tables import text
 

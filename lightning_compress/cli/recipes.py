@@ -98,7 +98,7 @@ def find(options: Namespace) -> int:
         raise InputError(f"--front {options.front}: allowed endings are .csv and .json.")
     files = networks.output_files(options)
     network = networks.trained(options, options.checkpoint)
-    with networks.from_here(), _workers(options.workers) as executor:
+    with networks.from_here(), workers(options.workers) as executor:
         result = search(
             network,
             space,
@@ -136,7 +136,8 @@ def _chosen(result: SearchResult) -> nn.Module:
 
 
 @contextmanager
-def _workers(count: int) -> Iterator[Executor | None]:
+def workers(count: int) -> Iterator[Executor | None]:
+    """Processes to work in; none for a count below 2."""
     if count < 2:
         yield None
         return

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_compress.export.nodes import TABLE
+
 _PREFIX = "model."
-_PURE = ("QuantizeLinear", "DequantizeLinear", "Clip", "Constant")
+_PURE = ("QuantizeLinear", "DequantizeLinear", "Clip", "Constant", "Cast", "Gather")
 
 
 def tidy(proto: Any) -> Any:
@@ -14,6 +16,7 @@ def tidy(proto: Any) -> Any:
     - tensors that are equal are stored once, and rounding of one tensor to one grid happens once
     - a transposed DequantizeLinear of stored integers becomes one of stored transposed integers: the form in which
       runtimes recognize an integer matrix product
+    - stored indices into a table of values, of which the exporter has no operator, become Cast and Gather
     - names lose what the exporter put around the model; its notes about source files go
 
     Args:
@@ -26,6 +29,7 @@ def tidy(proto: Any) -> Any:
     _share_tensors(graph)
     _skip_identities(graph)
     _transpose_integers(graph)
+    _take_values(proto)
     _share_tensors(graph)
     _share_nodes(graph)
     _drop_unused(graph)
@@ -115,6 +119,24 @@ def _transpose_integers(graph: Any) -> None:
         node.CopyFrom(turned_node)
 
 
+def _take_values(proto: Any) -> None:
+    """A weight of a table and indices: ONNX gathers by integers of four bytes, stored are those of one."""
+    import onnx
+
+    domain, _, kind = TABLE.partition("::")
+    nodes: list[Any] = []
+    for node in proto.graph.node:
+        if (node.domain, node.op_type) == (domain, kind):
+            table, codes = node.input
+            wide = f"{node.output[0]}.indices"
+            nodes.append(onnx.helper.make_node("Cast", [codes], [wide], to=onnx.TensorProto.INT32))
+            nodes.append(onnx.helper.make_node("Gather", [table, wide], list(node.output), node.name, axis=0))
+        else:
+            nodes.append(node)
+    _replace(proto.graph.node, nodes)
+    _keep(proto.opset_import, [entry for entry in proto.opset_import if entry.domain != domain])
+
+
 def _share_nodes(graph: Any) -> None:
     """The same rounding of the same tensor happens once, also where it is applied to what it gave."""
     first: dict[tuple[Any, ...], str] = {}
@@ -174,8 +196,13 @@ def _shorten_names(graph: Any) -> None:
 
 
 def _keep(field: Any, kept: list[Any]) -> None:
-    """Replace the messages of a repeated field."""
+    """Leave out messages of a repeated field."""
     if len(kept) < len(field):
-        copies = [type(m).FromString(m.SerializeToString()) for m in kept]
-        del field[:]
-        field.extend(copies)
+        _replace(field, kept)
+
+
+def _replace(field: Any, messages: list[Any]) -> None:
+    """Put other messages into a repeated field."""
+    copies = [type(m).FromString(m.SerializeToString()) for m in messages]
+    del field[:]
+    field.extend(copies)

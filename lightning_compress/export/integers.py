@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_compress import codes
 from lightning_compress.codes import Code
-from lightning_compress.export.nodes import RoundedValues, StoredIntegers, integer_type
+from lightning_compress.export.nodes import RoundedValues, StoredIntegers, StoredValues, integer_type
 from lightning_compress.export.report import ExportedLayer
 from lightning_compress.names import clean
 from lightning_compress.quantization.codes import Affine
@@ -31,6 +31,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 _INT32 = 2**31 - 1
 _REDUCED_BITS = 7
+_TABLE = 256  # values that indices of a byte tell apart
 
 
 def write_float(model: nn.Module) -> nn.Module:
@@ -48,7 +49,7 @@ def write_float(model: nn.Module) -> nn.Module:
 
 
 def write_integers(model: nn.Module) -> tuple[ExportedLayer, ...]:
-    """Replace weights on integer grids and quantizers by what the exporter writes as integers, in place.
+    """Replace weights of few values and quantizers by what the exporter writes as integers, in place.
 
     Args:
         model: a finalized model in float32, BatchNorm folded.
@@ -74,6 +75,7 @@ def write_integers(model: nn.Module) -> tuple[ExportedLayer, ...]:
     for name, holder, param, code in list(codes.of(model)):
         if code.stage == "grid":
             found.append(_write(name, holder, param, code, rounded.get(holder)))
+            _tie(model, holder, param)
     for module, before, after in quantizers.values():
         for quantizer, output in ((before, False), (after, True)):
             if quantizer is not None:
@@ -81,7 +83,10 @@ def write_integers(model: nn.Module) -> tuple[ExportedLayer, ...]:
                 quantize_input(module, node, output=output)
     if not any(layer.weight != "float32" for layer in found):
         why = reasons({x.name: x.reason for x in found}) or " no weight is quantized."
-        raise ValueError(f"{type(model).__name__} has no weight that int8 ONNX could store:{why}")
+        raise ValueError(
+            f"{type(model).__name__} has no weight that int8 ONNX could store; precision='float32' stores it as it is:"
+            f"{why}"
+        )
     return tuple(found)
 
 
@@ -96,7 +101,8 @@ def read_layers(model: nn.Module, layers: tuple[ExportedLayer, ...]) -> tuple[Ex
         The same entries; those of weights that were not read say so.
     """
     nodes = {name: weight_quantizer(holder, param) for name, holder, param, _ in codes.of(model)}
-    unread = {name for name, node in nodes.items() if isinstance(node, StoredIntegers) and not node.used}
+    stored = StoredIntegers | StoredValues
+    unread = {name for name, node in nodes.items() if isinstance(node, stored) and not node.used}
     why = "not in the file: the model did not read it on this input"
     return tuple(
         dataclasses.replace(x, weight="float32", reason=why) if x.name in unread else x for x in layers
@@ -126,8 +132,6 @@ def refusal(holder: nn.Module, param: str, code: Code) -> str | None:
     Returns:
         The reason.
     """
-    if not isinstance(code, Affine):
-        return f"ONNX has no integers for {code.kind} weights"
     if "." in param or param not in holder._parameters:
         return "it lies inside a module of its own"
     if isinstance(holder, nn.RNNBase):
@@ -136,7 +140,12 @@ def refusal(holder: nn.Module, param: str, code: Code) -> str | None:
     if weight.is_complex():
         return "it is complex"
     if not code.matches(weight):
-        return "it has left its grid since it was quantized: quantize it again"
+        return "it has left its values since it was compressed: compress it again"
+    if not isinstance(code, Affine):
+        count = len(torch.unique(weight.detach()))
+        if count > _TABLE:
+            return f"it has {count} different values, and indices of a byte tell {_TABLE} apart"
+        return "as float32 it takes no more" if 4 * count >= 3 * weight.numel() else None
     if code.dtype not in _BYTES:
         return f"{code.width} bits are more than int8 holds"
     if code.size and weight.numel() // weight.shape[code.axes[0]] % code.size:
@@ -152,8 +161,12 @@ def _write(name: str, holder: nn.Module, param: str, code: Code, before: Any) ->
     why = refusal(holder, param, code)
     if why is not None:
         return ExportedLayer(name, "float32", taken, why)
-    code = cast(Affine, code)
-    stored = _stored(parameter(holder, param).detach(), code)
+    weight = parameter(holder, param).detach()
+    if not isinstance(code, Affine):
+        table, indices = torch.unique(weight, return_inverse=True)
+        quantize_weight(holder, param, cast(Any, StoredValues(table, indices.to(torch.uint8))))
+        return ExportedLayer(name, "uint8 indices", taken, "a table of its values: products in float32")
+    stored = _stored(weight, code)
     quantize_weight(holder, param, cast(Any, stored))
     if stored.moved is not None:
         why = "its scales change along its inputs: products in float32"
@@ -167,6 +180,18 @@ def _write(name: str, holder: nn.Module, param: str, code: Code, before: Any) ->
     elif not before.dynamic:
         why = _write_bias(holder, stored, before)
     return ExportedLayer(name, _short(stored.codes.dtype), taken, why or "")
+
+
+def _tie(model: nn.Module, holder: nn.Module, param: str) -> None:
+    """Let every module that reads the same Parameter read what stands in for it."""
+    stored = weight_quantizer(holder, param)
+    if stored is None:
+        return
+    for module in list(model.modules()):
+        for other, weight in module._parameters.items():
+            same = weight is holder._parameters[param] and codes.read(module, other) is None
+            if same and not isinstance(module, nn.RNNBase):
+                quantize_weight(module, other, stored)
 
 
 def _stored(weight: Tensor, code: Affine) -> StoredIntegers:
@@ -212,8 +237,8 @@ def reduce_range_(model: nn.Module) -> None:
         model: a finalized model.
     """
     for _, holder, param, code in list(codes.of(model)):
-        if refusal(holder, param, code) is None and cast(Affine, code).width > _REDUCED_BITS:
-            weight, narrow = parameter(holder, param), _narrowed(cast(Affine, code))
+        if isinstance(code, Affine) and code.width > _REDUCED_BITS and refusal(holder, param, code) is None:
+            weight, narrow = parameter(holder, param), _narrowed(code)
             with torch.no_grad():
                 weight.copy_(narrow.project(weight.detach()))
             codes.attach(holder, param, narrow)

@@ -1,4 +1,4 @@
-"""Stand-ins for a model's weights and quantizers that the exporter writes as QuantizeLinear and DequantizeLinear.
+"""Stand-ins for a model's weights and quantizers that the exporter writes as integers and what turns these to floats.
 
 Called, each gives what the quantizer gave. Traced for ONNX, it leaves its own nodes in the graph, so whatever a model
 does with a weight or an activation, the file does with its integers.
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_compress.functional.affine import fake_quantize
 from lightning_compress.quantization.quantizers import InputQuantizer
 
+TABLE = "lightning_compress::Table"  # no operator of ONNX: graph.py makes Cast and Gather of it
 _BYTES = (torch.int8, torch.uint8)
 
 
@@ -57,6 +58,36 @@ class StoredIntegers(nn.Module):
         result: Tensor = _Dequantize.apply(
             options, self.moved, self.value, self.codes, self.scale, *zero_point
         )
+        return result
+
+
+class StoredValues(nn.Module):
+    """A weight that the file holds as a table of its values and who has which: ``w_i = c[k_i]``.
+
+    Args:
+        table: c, float32 [K], K <= 256.
+        codes: k, uint8, shape of the weight.
+
+    Examples:
+        >>> from lightning_compress.export.nodes import StoredValues
+        >>> node = StoredValues(torch.tensor([-1.0, 0.5]), torch.tensor([[0, 1, 1]], dtype=torch.uint8))
+        >>> node(torch.empty(0))
+        tensor([[-1.0000,  0.5000,  0.5000]])
+    """
+
+    table: Tensor
+    codes: Tensor
+
+    def __init__(self, table: Tensor, codes: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("table", table.detach().clone())
+        self.register_buffer("codes", codes.detach().clone().contiguous())
+        self.used = False
+
+    def forward(self, _: Tensor) -> Tensor:
+        """The weight; what is given, the float one, is not looked at."""
+        self.used = True
+        result: Tensor = _Take.apply(self.table, self.codes)
         return result
 
 
@@ -119,6 +150,19 @@ class _Dequantize(torch.autograd.Function):
             node = g.op("Reshape", node, g.op("Constant", value_t=torch.tensor(shape)))
             node = g.op("Transpose", node, perm_i=back)
         node.setType(value.type())
+        return node
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, codes: Tensor) -> Tensor:
+        return table[codes.to(torch.int64)]
+
+    @staticmethod
+    def symbolic(g: Any, table: Any, codes: Any) -> Any:
+        # The exporter would cast stored indices to four bytes each by itself.
+        node = g.op(TABLE, table, codes)
+        node.setType(table.type().with_sizes(codes.type().sizes()))
         return node
 
 

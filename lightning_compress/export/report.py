@@ -15,7 +15,7 @@ class ExportedLayer:
 
     Args:
         name: full parameter name.
-        weight: "int8", "uint8" or "float32".
+        weight: "int8", "uint8", "uint8 indices" (into a table of its values) or "float32".
         input: "int8", "uint8", "dynamic uint8", or "float32" if the layer computes with float32 inputs.
         reason: why not all of it is integers, or "".
     """

@@ -1,4 +1,4 @@
-"""``export_onnx``: a quantized model as a file of integers, compared with the model before it is kept."""
+"""``export_onnx``: a compressed model as a file of integers, compared with the model before it is kept."""
 
 from __future__ import annotations
 
@@ -44,11 +44,13 @@ def export_onnx(
 
     Weights on an integer grid of at most eight bits are int8 in the file, ``w = s (q - z)`` by DequantizeLinear with
     the layer's own scales; quantizers of activations are QuantizeLinear and DequantizeLinear; biases between the two
-    are int32 with ``s = s_x s_w``. BatchNorm is folded where it can be. The report lists every quantized weight and
-    says why one is not an integer in the file.
+    are int32 with ``s = s_x s_w``. Other weights of at most 256 different values (shared ones, powers of two, small
+    floats) are a float32 table and uint8 indices: a quarter of the bytes and no other gain, for a runtime computes with
+    the floats. BatchNorm is folded where it can be. The report lists every quantized weight and says why one is not an
+    integer in the file.
 
     Args:
-        model: a quantized model, also one with quantizers in training; it stays as it is.
+        model: a quantized or shared model, also one with quantizers in training; it stays as it is.
         x: an example input: a tensor, a tuple of positional arguments or a dict of keyword arguments; samples first.
         path: the file; it is replaced only when the new one is complete and, with ``check``, agrees.
         precision: "int8", or "float32": the same weights as float32 and activations that are not rounded.
@@ -65,8 +67,8 @@ def export_onnx(
 
     Raises:
         ImportError: onnx, or for the check onnxruntime, is not installed.
-        ValueError: an option outside its range; a model without integers for precision="int8"; a quantizer that ONNX
-            cannot express; or a file that does not agree, which is then not kept.
+        ValueError: an option outside its range; a model without such weights for precision="int8"; a quantizer that
+            ONNX cannot express; or a file that does not agree, which is then not kept.
 
     Examples:
         >>> import tempfile

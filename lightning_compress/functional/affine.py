@@ -133,7 +133,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tenso
         [0.0, 1.0, 3.5]
     """
     codes = codes.to(wide(codes.dtype))
-    return (codes if zero_point is None else codes - zero_point) * scale + 0.0  # + 0.0: no -0.0
+    return ((codes if zero_point is None else codes - zero_point) * scale).add_(0.0)  # no -0.0
 
 
 def binary(x: Tensor, scale: Tensor) -> Tensor:

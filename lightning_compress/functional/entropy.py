@@ -2,8 +2,8 @@
 
 `encode` turns symbols 0..65535 into bytes; `decode` turns them back and refuses whatever is not a complete,
 valid stream. `CODERS` lists the coders, simplest first; a new one is one entry there. Below this file:
-`coders` and `contextual` (the byte formats), `frequencies` (models and their tables), `planes` (floating-point words as
-bytes).
+`coders`, `huffman` and `contextual` (the byte formats), `frequencies` (models and their tables), `planes`
+(floating-point words as bytes).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_compress.functional import coders, contextual
+from lightning_compress.functional import coders, contextual, huffman
 from lightning_compress.functional.frequencies import MAX_ALPHABET
 from lightning_compress.functional.planes import byte_planes, from_byte_planes
 
@@ -60,6 +60,8 @@ class Coder:
 CODERS: dict[str, Coder] = {
     "raw": Coder(coders.raw_encode, coders.raw_decode),
     "bitpack": Coder(coders.bitpack_encode, coders.bitpack_decode),
+    # Whole bits; what its table is shorter than that of "ans", "adaptive" saves too.
+    "huffman": Coder(huffman.huffman_encode, huffman.huffman_decode, automatic=False),
     "ans": Coder(partial(coders.static_encode, coder="ans"), partial(coders.static_decode, coder="ans")),
     # Never more than a word shorter than "ans".
     "range": Coder(
@@ -78,9 +80,10 @@ def encode(symbols: npt.ArrayLike, coder: str = "auto") -> tuple[str, bytes]:
     """Encode integers without loss.
 
     "auto" encodes with all coders and keeps the smallest result; ties go to the simpler coder, which stands
-    first in `CODERS`. Two exceptions save time: "range" is left out, and streams above 16,384 symbols go to
-    the slow coders only if lzma takes four blocks of 4,096 symbols below their order-0 entropy, for without
-    repetitions they lose to "ans". The result is never longer than that of "raw".
+    first in `CODERS`. Exceptions save time: "huffman" and "range" are left out, which hardly ever are below all
+    others, and streams above 16,384 symbols go to the slow coders only if lzma takes four blocks of 4,096 symbols
+    below their order-0 entropy, for without repetitions they lose to "ans". The result is never longer than that
+    of "raw".
 
     Args:
         symbols: Integers or booleans in 0..65535 of any shape, read in row-major order.
@@ -98,7 +101,8 @@ def encode(symbols: npt.ArrayLike, coder: str = "auto") -> tuple[str, bytes]:
         ('adaptive', 5, [5, 7, 5, 5])
 
     References:
-        Duda, "Asymmetric numeral systems", 2013 (ans); Martin, "Range encoding", 1979 (range, adaptive).
+        Huffman, "A method for the construction of minimum-redundancy codes", 1952; Duda, "Asymmetric numeral
+        systems", 2013 (ans); Martin, "Range encoding", 1979 (range, adaptive).
     """
     if coder != "auto" and coder not in CODERS:
         raise ValueError(f"unknown coder {coder!r}; allowed are 'auto', {', '.join(map(repr, CODERS))}.")

@@ -218,19 +218,20 @@ def minifloat_quantize(x: Tensor, exponent: int, mantissa: int) -> Tensor:
     return magnitude | (significand.signbit().to(torch.int32) << (exponent + mantissa))
 
 
-def minifloat_dequantize(codes: Tensor, exponent: int, mantissa: int) -> Tensor:
+def minifloat_dequantize(codes: Tensor, exponent: int, mantissa: int, *, special: bool = False) -> Tensor:
     """Values of bit patterns, the inverse of ``minifloat_quantize``.
 
     Args:
         codes: integers of any shape, in 0..2^(1+E+M)-1.
         exponent: 2..8.
         mantissa: 0..10.
+        special: decode codes of NaN and infinity, which ``minifloat_quantize`` does not make but damaged bits do.
 
     Returns:
         float32, same shape.
 
     Raises:
-        ValueError: a code outside the range, or one that stands for NaN or infinity.
+        ValueError: a code outside the range, or, without ``special``, one that stands for NaN or infinity.
 
     Examples:
         >>> minifloat_dequantize(torch.tensor([0x38, 0xFE, 0x80]), 4, 3)
@@ -240,15 +241,20 @@ def minifloat_dequantize(codes: Tensor, exponent: int, mantissa: int) -> Tensor:
     codes = codes.to(torch.int32)
     sign = codes >> (exponent + mantissa)
     magnitude = codes & (2 ** (exponent + mantissa) - 1)
-    special = _SPECIAL_CODES.get((exponent, mantissa), 2**mantissa)
-    if bool(((sign >> 1 != 0) | (magnitude >= 2 ** (exponent + mantissa) - special)).any()):
+    first = 2 ** (exponent + mantissa) - _SPECIAL_CODES.get((exponent, mantissa), 2**mantissa)
+    beyond = magnitude >= first
+    if bool(((sign >> 1 != 0) | (beyond & (not special))).any()):
         raise ValueError(
             f"minifloat e{exponent}m{mantissa}: a code is outside 0..{2 ** (1 + exponent + mantissa) - 1} "
             f"or stands for NaN or infinity; codes come from minifloat_quantize."
         )
+    infinite = beyond & (magnitude == first) & ((exponent, mantissa) not in _SPECIAL_CODES)
+    magnitude = magnitude.clamp_max(first - 1)
     place = ((magnitude >> mantissa) - 1).clamp_(min=0)
     significand = (magnitude - (place << mantissa)).to(torch.float32)
     values = significand.mul_(2.0**-mantissa).mul_(power_of_two(place + (1 - limits.bias)))
+    if special:
+        values = values.masked_fill_(beyond, torch.nan).masked_fill_(infinite, torch.inf)
     return torch.where(sign != 0, -values, values)
 
 

@@ -6,22 +6,23 @@ Both sides of a coder use these integers exactly, so a file does not depend on a
 Table layout: u16 n − 1 and u8 k, little endian, then a bit stream, highest bit first, padded with zero bits
 to a byte: n symbols in increasing order, each as G(symbol − previous − 1, 0) with previous = −1 at the
 start, then n frequencies, each as G(f − 1, max(0, bits(previous f) − 2)) with previous f = 1 at the start.
-G(v, e) is the exponential Golomb code of order e: bits(x) − e − 1 zeros and then x = v + 2^e in binary.
+G(v, e) is the exponential Golomb code of order e, see `golomb`.
 Neighbours are alike in the histograms of weights, so the previous frequency chooses the order.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from lightning_compress.functional.golomb import MAX_CODE, GolombReader, bit_length, golomb, pack
 
 MAX_ALPHABET = 65_536
 MAX_PRECISION = 24
 
 _HEADER = 3  # bytes
-_MAX_CODE = 50  # bits; x has at most 25, so no valid code is longer
 
 IntArray = npt.NDArray[np.int64]
 
@@ -120,16 +121,16 @@ def read(data: bytes) -> tuple[Model, int]:
     size, precision = int.from_bytes(data[:2], "little") + 1, data[2]
     if precision > MAX_PRECISION or size > 1 << precision:
         raise ValueError(f"frequency table: {size} symbols with precision {precision} are not possible")
-    bits = _BitReader(data[_HEADER : _HEADER + (2 * size * _MAX_CODE + 7) // 8])
+    bits = GolombReader(data[_HEADER : _HEADER + (2 * size * MAX_CODE + 7) // 8], "frequency table")
     symbols, previous = np.empty(size, dtype=np.int64), -1
     for i in range(size):
-        previous += 1 + bits.golomb(0)
+        previous += 1 + bits.next(0)
         if previous >= MAX_ALPHABET:
             raise ValueError(f"frequency table: symbol {previous} is above {MAX_ALPHABET - 1}")
         symbols[i] = previous
     frequencies, previous, total = np.empty(size, dtype=np.int64), 1, 0
     for i in range(size):
-        previous = 1 + bits.golomb(max(0, previous.bit_length() - 2))
+        previous = 1 + bits.next(max(0, previous.bit_length() - 2))
         total += previous
         if total > 1 << precision:
             raise ValueError(f"frequency table: frequencies exceed 2**{precision}")
@@ -140,51 +141,13 @@ def read(data: bytes) -> tuple[Model, int]:
 
 
 def _write(model: Model) -> bytes:
-    gaps = np.diff(model.symbols, prepend=-1)  # G(gap − 1, 0) has x = gap
-    codes, widths = _frequency_codes(model.frequencies)
-    stream = _pack(np.concatenate([gaps, codes]), np.concatenate([2 * _bit_length(gaps) - 1, widths]))
+    gaps, widths = golomb(np.diff(model.symbols, prepend=-1) - 1, 0)
+    codes, more = _frequency_codes(model.frequencies)
+    stream = pack(np.concatenate([gaps, codes]), np.concatenate([widths, more]))
     return (len(gaps) - 1).to_bytes(2, "little") + bytes([model.precision]) + stream
 
 
 def _frequency_codes(frequencies: IntArray) -> tuple[IntArray, IntArray]:
-    """The numbers x of the exponential Golomb codes, and the codes' widths in bits."""
-    order = np.maximum(_bit_length(np.concatenate([[1], frequencies[:-1]])) - 2, 0)
-    codes = frequencies - 1 + (1 << order)
-    return codes, 2 * _bit_length(codes) - order - 1
-
-
-def _bit_length(x: npt.NDArray[Any]) -> IntArray:
-    return np.frexp(x.astype(np.float64))[1].astype(np.int64)  # exact below 2^53
-
-
-def _pack(codes: IntArray, widths: IntArray) -> bytes:
-    ends = np.cumsum(widths)
-    shifts = np.repeat(ends, widths) - np.arange(ends[-1]) - 1
-    return np.packbits(((np.repeat(codes, widths) >> shifts) & 1).astype(np.uint8)).tobytes()
-
-
-class _BitReader:
-    """Exponential Golomb codes from the front of a byte string."""
-
-    def __init__(self, data: bytes) -> None:
-        # A string of "0" and "1" is searched and converted in C; the "1" in front keeps leading zeros.
-        self.text = format(int.from_bytes(b"\x01" + data, "big"), "b")
-        self.position = 1
-
-    def golomb(self, order: int) -> int:
-        """Value of the next code; ValueError where no valid code follows."""
-        first = self.text.find("1", self.position)
-        end = 2 * first - self.position + order + 1
-        if first < 0 or end > len(self.text):
-            raise ValueError("frequency table: truncated")
-        if end - self.position > _MAX_CODE:
-            raise ValueError(f"frequency table: a code of {end - self.position} bits")
-        self.position = end
-        return int(self.text[first:end], 2) - (1 << order)
-
-    def finish(self) -> int:
-        """Bytes used, after checking that the rest of the last one is zero."""
-        size = (self.position + 6) // 8
-        if "1" in self.text[self.position : 1 + 8 * size]:
-            raise ValueError("frequency table: padding bits are not zero")
-        return size
+    """Codes of `golomb`, and their widths."""
+    order = np.maximum(bit_length(np.concatenate([[1], frequencies[:-1]])) - 2, 0)
+    return golomb(frequencies - 1, order)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_PIECE = 1 << 18  # entries
+SMALL = 1 << 18  # entries
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Groups:
             yield (), [None if v is None else self.expand(v, shape, is_complex) for v in values]
             return
         axis = self.axes[0] if self.size else max(range(len(shape)), key=lambda a: shape[a])
-        step = max(1, _PIECE * shape[axis] // max(1, math.prod(shape)))
+        step = max(1, SMALL * shape[axis] // max(1, math.prod(shape)))
         for start in range(0, shape[axis], step):
             stop = min(start + step, shape[axis])
             index = (*[slice(None)] * axis, slice(start, stop))

@@ -30,7 +30,7 @@ CHECK = 8  # bytes of a check
 MAX_ROWS = 1 << 17  # tensors, fields and blocks: they bound what reading allocates
 # Numbers in a file are positions in these lists: what is added comes last.
 DTYPES = tuple(CARRIERS)
-CODERS_IN_FILES = ("raw", "bitpack", "ans", "range", "gaps", "zlib", "lzma", "adaptive")
+CODERS_IN_FILES = ("raw", "bitpack", "ans", "range", "gaps", "zlib", "lzma", "adaptive", "huffman")
 # Fields of a code may take so many bytes for each element of its tensor, and so many more.
 _FIELD_BYTES, _FIELD_SPARE = 16, 1 << 16
 # Other parts of a header. A reader refuses a required part that it does not know, and passes over an optional one.
@@ -137,11 +137,10 @@ class Header:
     def to_bytes(self) -> bytes:
         """The table of tensors, then the other parts: number, whether it is required, length, bytes."""
         place = {stored.tensor.name: i for i, stored in enumerate(self.tensors)}
-        sizes = {stored.tensor.name: stored.tensor.nbytes for stored in self.tensors}
         notes = {name: table for name, table in (("skipped", self.skipped), ("stale", self.stale)) if table}
         made = {
             _ALIASES: names(self.aliases) + b"".join(uint(place[name]) for name in self.aliases.values()),
-            _STEPS: b"".join(_step(part, step, sizes) for part, step in self.steps),
+            _STEPS: b"".join(_step(part, step, self.tensors) for part, step in self.steps),
             _NOTES: dump(notes).encode(),
             _METADATA: dump(self.metadata).encode(),
         }
@@ -225,14 +224,15 @@ def _table(tensors: Sequence[Stored], pools: Sequence[Array], checks: Sequence[b
         out += [uint(sorts.index(stored.sort)) for stored in tensors]
     before = 0
     for stored in tensors:
+        out.append(_shape(stored.tensor.shape, before))
+        before = _first(stored.tensor.shape, before)
+    out += [sint(number) for stored in tensors for number in _numbers(stored.config)]
+    for stored in tensors:
         shape = stored.tensor.shape
-        out.append(_shape(shape, before))
-        before = shape[0] if shape else before
-        out += [sint(number) for number in _numbers(stored.config)]
         for array in stored.fields:
             mode = _mode(array.shape, shape)
             out += [uint(n) for n in array.shape] if mode == _LINE else []
-            out += [_shape(array.shape, before)] if mode == _OWN else []
+            out += [_shape(array.shape, _first(shape, 0))] if mode == _OWN else []
     for stored in tensors:
         out += [_block(block) for array, _ in stored.arrays for block in array.blocks]
     out += [_block(block) for pool in pools for block in pool.blocks]
@@ -245,24 +245,27 @@ def _read_table(cursor: Cursor) -> tuple[list[Stored], list[Array]]:
     rows = _Rows(len(named))
     sorts = [_read_sort(cursor) for _ in range(rows.add(cursor.uint()))]
     chosen = [cursor.uint() if len(sorts) > 1 else 0 for _ in named]
-    bare: list[Stored] = []
+    known = [_at(sorts, n, f"{name!r}: sort") for name, n in zip(named, chosen, strict=True)]
+    plain: list[Array] = []
     before = 0
-    for name, number in zip(named, chosen, strict=True):
-        dtype, kind, depth, bare_config, fields = _at(sorts, number, f"{name!r}: sort")
-        shape = _read_shape(cursor, before)
-        before = shape[0] if shape else before
-        config = _filled(bare_config, cursor)
-        tensor = Array(name, dtype, shape)
-        tensor.check()
+    for name, (dtype, *_) in zip(named, known, strict=True):
+        plain.append(Array(name, dtype, _read_shape(cursor, before)))
+        plain[-1].check()
+        before = _first(plain[-1].shape, before)
+    configs = [_filled(bare, cursor) for _, _, _, bare, _ in known]
+    bare: list[Stored] = []
+    for tensor, (_, kind, depth, _, fields), config in zip(plain, known, configs, strict=True):
         rows.add(len(fields))
         arrays = tuple(
-            Array(key, kept, _field_shape(cursor, mode, shape, before)) for key, kept, mode in fields
+            Array(key, dtype, _field_shape(cursor, mode, tensor.shape)) for key, dtype, mode in fields
         )
         for array in arrays:
             array.check()
         needed, most = sum(a.nbytes for a in arrays), _FIELD_BYTES * tensor.count + _FIELD_SPARE
         if needed > most:
-            raise ValueError(f"{name!r}: code of {needed} bytes for {tensor.count} elements; at most {most}")
+            raise ValueError(
+                f"{tensor.name!r}: code of {needed} bytes for {tensor.count} elements; at most {most}"
+            )
         bare.append(Stored(tensor, kind, depth, config, arrays))
     tensors = [
         replace(s, fields=tuple(_with_blocks(cursor, a, rows) for a in s.fields))
@@ -312,19 +315,24 @@ def _read_sort(cursor: Cursor) -> tuple[Any, ...]:
 
 
 def _bare(value: Any) -> Any:
-    """A JSON value with 0 in the place of every whole number: tensors of one sort differ in these alone."""
+    """A JSON value with 0 and false in the place of whole numbers and truths: tensors of one sort differ in these."""
     if isinstance(value, dict):
         return {key: _bare(inner) for key, inner in value.items()}
-    return list(map(_bare, value)) if isinstance(value, list) else 0 if type(value) is int else value
+    return list(map(_bare, value)) if isinstance(value, list) else type(value)() if _free(value) else value
+
+
+def _free(value: Any) -> bool:
+    """Whether tensors of one sort may differ in it."""
+    return type(value) in (int, bool)
 
 
 def _numbers(value: Any) -> Iterator[int]:
-    """The whole numbers, in the order in which the value is written."""
+    """The whole numbers and truths, in the order in which the value is written."""
     if isinstance(value, dict | list):
         for inner in (value[key] for key in sorted(value)) if isinstance(value, dict) else value:
             yield from _numbers(inner)
-    elif type(value) is int:
-        yield value
+    elif _free(value):
+        yield int(value)
 
 
 def _filled(value: Any, cursor: Cursor) -> Any:
@@ -333,7 +341,7 @@ def _filled(value: Any, cursor: Cursor) -> Any:
         return {key: _filled(value[key], cursor) for key in sorted(value)}
     if isinstance(value, list):
         return [_filled(inner, cursor) for inner in value]
-    return cursor.sint() if type(value) is int else value
+    return type(value)(cursor.sint()) if _free(value) else value
 
 
 def _mode(shape: tuple[int, ...], whole: tuple[int, ...]) -> int:
@@ -343,9 +351,13 @@ def _mode(shape: tuple[int, ...], whole: tuple[int, ...]) -> int:
     return _LINE if len(shape) == 1 else _OWN
 
 
-def _field_shape(cursor: Cursor, mode: int, whole: tuple[int, ...], before: int) -> tuple[int, ...]:
+def _first(shape: tuple[int, ...], before: int) -> int:
+    return shape[0] if shape else before
+
+
+def _field_shape(cursor: Cursor, mode: int, whole: tuple[int, ...]) -> tuple[int, ...]:
     if mode == _OWN:
-        return _read_shape(cursor, before)
+        return _read_shape(cursor, _first(whole, 0))
     return (cursor.uint(),) if mode == _LINE else whole if mode == _SAME else (*whole, 2)
 
 
@@ -417,27 +429,39 @@ def _placed(
 # -- steps, ties and notes -----------------------------------------------------------------------------------
 
 
-def _step(part: str, step: dict[str, Any], sizes: dict[str, int]) -> bytes:
-    """Submodule, name, options, plan; bytes of all parameters, of the changed ones; which stored tensors changed."""
+def _step(part: str, step: dict[str, Any], tensors: Sequence[Stored]) -> bytes:
+    """Submodule, name, options, plan; bytes of all parameters, of the unchanged ones; which tensors changed.
+
+    Usually the parameters are what is stored, and what changed are those with a code: only the difference is written.
+    """
     coverage = step["coverage"]
     changed, total = coverage["changed"], coverage["total_bytes"]
-    usual = [name in changed and changed[name] == size for name, size in sizes.items()]
-    flags = np.packbits(np.array(usual, dtype=np.bool_), bitorder="little").tobytes().rstrip(b"\0")
+    flags = [(changed.get(s.tensor.name) == s.tensor.nbytes) != bool(s.kind) for s in tensors]
+    packed = np.packbits(np.array(flags, dtype=np.bool_), bitorder="little").tobytes().rstrip(b"\0")
     config, plan = dump(step["config"]), dump(step["plan"]) if step["plan"] is not None else ""
-    hit = round(coverage["share"] * total)
+    kept = total - round(coverage["share"] * total)
     words = [part, step["name"], "" if config == "{}" else config, plan]
-    numbers = [uint(total), uint(hit), uint(len(flags))]
-    return b"".join([*map(text, words), *numbers, flags])
+    numbers = [sint(total - _total(tensors)), uint(kept), uint(len(packed))]
+    return b"".join([*map(text, words), *numbers, packed])
+
+
+def _total(tensors: Sequence[Stored]) -> int:
+    return sum(stored.tensor.nbytes for stored in tensors)
 
 
 def _read_steps(cursor: Cursor, tensors: Sequence[Stored]) -> Iterator[tuple[str, dict[str, Any]]]:
     while cursor.left:
         part, name, config, plan = cursor.text(), cursor.text(), cursor.json({}), cursor.json(None)
-        total, hit, flags = cursor.uint(), cursor.uint(), cursor.take(cursor.uint())
-        bits = np.unpackbits(np.frombuffer(flags, np.uint8), bitorder="little")
-        known = [s.tensor for s, bit in zip(tensors, bits, strict=False) if bit]
-        changed = {tensor.name: tensor.nbytes for tensor in known}
-        share = hit / total if total else 0.0
+        total, kept, packed = _total(tensors) + cursor.sint(), cursor.uint(), cursor.take(cursor.uint())
+        flags = np.zeros(len(tensors), dtype=np.bool_)
+        bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")[: len(tensors)]
+        flags[: len(bits)] = bits
+        changed = {
+            s.tensor.name: s.tensor.nbytes
+            for s, flag in zip(tensors, flags, strict=True)
+            if flag != bool(s.kind)
+        }
+        share = (total - kept) / total if total else 0.0
         coverage = {"changed": changed, "skipped": {}, "total_bytes": total, "share": share}
         yield part, {"name": name, "config": config, "plan": plan, "coverage": coverage}
 

@@ -33,25 +33,30 @@ DICTIONARY = b"".join(
         b"\x03.weight\0\x01.bias\0\x02.weight\0\x01.bias\0\x01.weight\0\x01.bias\0",
         b"conv\x02.weight\0bn\x02.weight\0bn\x01.bias\0bn\x01.running_mean\0bn\x01.running_var\0",
         b"bn\x01.num_batches_tracked\0conv\x02.weight\0conv\x01.bias\0conv\x02.weight\0conv\x01.bias\0",
-        b"fc\x02.weight\0fc\x01.bias\0fc\x02.weight\0fc\x01.bias\0fc\x02.weight\0fc\x01.bias\0",
         b"\x03\x0d\0\x05\0\x0d\x06hashed\x08bloomier\x07vectors\x0cpower_of_two\x05e_max\x12\x09minifloat\x01",
         b'{"axes":[0],"exponent":0,"mantissa":0,"size":0,"width":0}\x02\x05codes\x04\x05scale6\x0d\0',
         b'{"key":0,"mask":null,"scale":null,"seed":0,"shape":[0,0,0,0],"width":0}\x02\x05slots\x0e\x08codebook6',
-        b'\x0d\x06affine\x01@{"axes":[],"qmax":0,"qmin":0,"size":0,"width":0,"zero_point":null}',
         b"\x03\x05codes\x0c\x05scale6\x0azero_point\x12\x0d\0",
-        b'\x0d\x06affine\x01B{"axes":[0],"qmax":0,"qmin":0,"size":0,"width":0,"zero_point":null}',
-        b"\x02\x05codes\x08\x05scale6\x0d\0\x02\x0d\x04mask\x01\x02{}\x02\x04mask\0\x06values6\x0d\0",
-        b'\x02\x0d\x08codebook\x01\x1a{"scale":null,"zero":true}\x02\x05codes\x04\x08codebook6\x0d\0',
         b"\x01\x02\x02\x02\x02\x02\0\x01\x01\x01\x01\x01\0\0\x01\0\x01\0\x01\0\x01\0\x01",
         b"\x11 \x10\x03\x03\x05\x05\x05\x05\x05\0\x13\x03\x03\x05\x05\x05\x05\x05\0",
         b"\x11@ \x03\x03\x05\x05\x05\x05\x05\0",
-        b"\x10\x06\x01\x05\x05\x05\x05\x12\x10\x05\x05\x05\x05\x08x\x90\x03\x05\x05\x0aT\x05\x05\x0a\x0a\x05\x05",
         b"\x08\x80\x02\x80\x04\x05\x0a\x80\x01\x05\x0a@\x05\x0a\x0a\x05",
         b"\0\0\x02\0\0\x02\0\0\x02\0\0\x07\0\0\x07\0\0\x07",
         b"\x01\x02\0\0\0\0\x01\x02\0\0\0\x01\x01\x01\x01\x02",
-        b'\x03#\0\x16RateDistortionQuantize\x0c{"bits":2.5}\0\x08Quantize\x0a{"bits":4}\0',
-        b'\0\x0cShareWeights\x0f{"clusters":16}\0',
-        b'\0\x05Prune\x10{"sparsity":0.9}\0',
+        b"lconv\x02.weight\0conv\x01.bias\0conv\x02.weight\0conv\x01.bias\0",
+        b"fc\x02.weight\0fc\x01.bias\0fc\x02.weight\0fc\x01.bias\0fc\x02.weight\0fc\x01.bias\0",
+        b'\x02\x0d\x06affine\x01@{"axes":[],"qmax":0,"qmin":0,"size":0,"width":0,"zero_point":null}',
+        b"\x02\x05codes\x0c\x05scale6",
+        b'\x02\x0d\x06affine\x01B{"axes":[0],"qmax":0,"qmin":0,"size":0,"width":0,"zero_point":null}',
+        b"\x02\x05codes\x08\x05scale6\x0d\0\x02\x0d\x04mask\x01\x02{}\x02\x04mask\0\x06values6\x0d\0",
+        b'\x02\x0d\x08codebook\x01\x1b{"scale":null,"zero":false}\x02\x05codes\x04\x08codebook6\x0d\0',
+        b'\x01\x0d\x08codebook\x01\x1b{"scale":null,"zero":false}\x02\x05codes\x04\x08codebook.',
+        b"\x10\x06\x01\x05\x05\x05\x12\x10\x05\x05\x05\x08x\x90\x03\x05\x0aT\x05\x0a\x0a\x05",
+        b"\x02\0\x02\0\x02\0\x02\0\x02\0\x09\x04\x09\x05\x09\x04\x09\x05\x09\x04\0\0\x02\0\0\x02\0\0\x07\x02x\x07\x06\x07.\0<",
+        b'\x03#\0\x16RateDistortionQuantize\x0c{"bits":2.5}\0\x08Quantize\x0a{"bits":4}\0\0\0\0',
+        b'\x03H\0\x05Prune\x10{"sparsity":0.9}\0\0\xb0\x07\x02\xaa\x02\0\x0cShareWeights\x0f{"clusters":16}\0\0\0\0',
+        b'\x03\x9c\x01\0\x0cShareWeights\x85\x01{"clusters":{"*":8,"*.bias":4},"codebook_dtype":"float16","include":',
+        b'["*","conv1.bias","conv2.bias","fc1.bias","fc2.bias","fc3.bias"]}\0\0\0\0',
     )
 )
 
@@ -70,7 +75,7 @@ def pack(data: bytes) -> bytes:
 
     Examples:
         >>> len(pack(b"conv1.weight.running_mean"))
-        11
+        10
     """
     if len(data) > MAX_HEADER:
         raise ValueError(f"a header of {len(data)} bytes; allowed are {MAX_HEADER}")

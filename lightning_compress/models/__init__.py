@@ -1,6 +1,7 @@
 """Networks by name: small ones that torchvision does not have, and operators of neuraloperator.
 
-Reading order: `resnet_cifar` (He 2016), `lenet` (LeCun 1998), `operators`. Importing this folder imports torch only.
+Reading order: `resnet_cifar` (He 2016), `lenet` (LeCun 1998), `mlp`, `pinn` (Raissi 2019), `operators`.
+Importing this folder imports torch only.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any
 from torch import nn
 
 from lightning_compress.models.lenet import LeNet5
+from lightning_compress.models.mlp import MLP
 from lightning_compress.models.operators import codano, fno, tfno, uno
+from lightning_compress.models.pinn import PINN
 from lightning_compress.models.resnet_cifar import (
     ResNetCIFAR,
     resnet20,
@@ -24,6 +27,8 @@ from lightning_compress.models.resnet_cifar import (
 )
 
 __all__ = [
+    "MLP",
+    "PINN",
     "LeNet5",
     "ResNetCIFAR",
     "build",
@@ -48,6 +53,8 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "resnet56": resnet56,
     "resnet110": resnet110,
     "resnet1202": resnet1202,
+    "mlp": MLP,
+    "pinn": PINN,
     "fno": fno,
     "tfno": tfno,
     "uno": uno,

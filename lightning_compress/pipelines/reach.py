@@ -22,6 +22,7 @@ from lightning_compress.pipelines.result import TargetResult, Trial
 from lightning_compress.pipelines.running import Pipeline, Strength
 from lightning_compress.pipelines.steps import Written, check, read_all
 from lightning_compress.stats import Calibration
+from lightning_compress.stats.keeping import Kept
 from lightning_compress.transform import NothingChangedError, Transform
 
 _CLOSE = 0.99  # of a size that is asked for: near enough
@@ -125,7 +126,7 @@ def compress_to(
     check(todo, model)
     compress(model, [])  # weights that are not finite are refused before any work
 
-    inputs = Calibration(example_input=example_input, data=data, seed=seed or 0, origin=model)
+    inputs = Calibration(example_input=example_input, data=data, seed=seed or 0, origin=model, kept=Kept())
     pipeline = Pipeline(model, todo, knobs, inputs, coder or "auto")
     error = OutputError(model, inputs, task) if limits.needs("error") or data is not None else None
     accuracy = evaluate or top1(inputs)

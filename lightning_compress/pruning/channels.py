@@ -14,6 +14,7 @@ from lightning_compress.channels.check import plan_entries
 from lightning_compress.channels.families import Channels, Family, find_channels
 from lightning_compress.channels.surgery import cut
 from lightning_compress.channels.trace import trace
+from lightning_compress.channels.trials import Trials
 from lightning_compress.channels.watcher import tensors_of
 from lightning_compress.names import lookup, matches
 from lightning_compress.plans import Plan
@@ -21,9 +22,8 @@ from lightning_compress.pruning.criteria import Criterion, channel_scores, crite
 from lightning_compress.pruning.order import Limits, RemovalOrder
 from lightning_compress.pruning.reconstruct import can_reconstruct, reconstruct
 from lightning_compress.pruning.silence import silent
-from lightning_compress.pruning.trials import Trials
 from lightning_compress.stats import Calibration, Stats
-from lightning_compress.stats.calibration import sample_count, take_samples
+from lightning_compress.stats.drawing import one_sample
 from lightning_compress.tables import listing
 from lightning_compress.targets import Target, survey
 from lightning_compress.transform import Transform
@@ -277,7 +277,7 @@ class RemoveChannels(Transform):
                 "example_input= or data=."
             )
         survey(model, self.include, self.exclude)  # raises for a pattern that fits nothing
-        x = _one_sample(inputs.example(model))
+        x = one_sample(inputs.example(model))
         seen = trace(model, x)
         found = find_channels(seen, survey(model).targets)
         skipped = dict(found.fixed)
@@ -422,12 +422,3 @@ class RemoveChannels(Transform):
             for family, why in conflicts.items()
             for name in family.makers
         }
-
-
-def _one_sample(x: Any) -> Any:
-    """The first sample of an input: shapes are all that counts."""
-    try:
-        count = sample_count(x)
-    except ValueError:
-        return x
-    return take_samples(x, count, 0, 1) if count > 1 else x

@@ -12,8 +12,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from lightning_compress.channels.families import Channels, Family
+from lightning_compress.channels.trials import Trials
 from lightning_compress.functional.masks import count_pruned
-from lightning_compress.pruning.trials import Trials
 from lightning_compress.stats.running import call, evaluating
 
 _CLOSE = 0.005  # what a budget may leave unused without a search

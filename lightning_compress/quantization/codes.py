@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lightning_compress.codes import Code
 from lightning_compress.functional import affine, formats
-from lightning_compress.functional.groups import Groups, real
+from lightning_compress.functional.bit_errors import Word
+from lightning_compress.functional.groups import SMALL, Groups, real
 
 Rounding = Callable[..., Tensor]
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32)
@@ -39,6 +40,10 @@ class GridCode(Code):
     def groups(self) -> Groups:
         """Which entries share a scale."""
         return Groups(self.axes, self.size)
+
+    def config(self) -> dict[str, Any]:
+        """The attributes that are not tensors, as JSON values."""
+        return super().config() | {"axes": list(self.axes)}
 
     def project(self, weight: Tensor) -> Tensor:
         """The nearest values on the grid.
@@ -68,6 +73,9 @@ class GridCode(Code):
 
     def _values(self, codes: Tensor, dtype: torch.dtype, value: Rounding, *numbers: Tensor | None) -> Tensor:
         """Inverse of ``_codes``: a weight of this dtype."""
+        if codes.numel() <= SMALL and not dtype.is_complex:
+            spread = [None if n is None else self.groups.expand(n, codes.shape) for n in numbers]
+            return value(codes, *spread).to(dtype)
         weight = torch.empty(codes.shape[:-1] if dtype.is_complex else codes.shape, dtype=dtype)
         values = real(weight)
         if values.shape != codes.shape:
@@ -118,6 +126,11 @@ class Affine(GridCode):
         return fields if self.zero_point is None else {**fields, "zero_point": self.zero_point}
 
     @property
+    def word(self) -> Word:
+        """Integers: in two's complement where there are negative ones, or a sign alone."""
+        return Word(self.width, "only" if self.width == 1 else "complement" if self.qmin < 0 else "none")
+
+    @property
     def dtype(self) -> torch.dtype:
         """The smallest integer type that holds the grid."""
         fits = (t for t in _INTEGERS if torch.iinfo(t).min <= self.qmin and self.qmax <= torch.iinfo(t).max)
@@ -131,10 +144,6 @@ class Affine(GridCode):
             return affine.dequantize(codes.to(wide), scale, zero)
 
         return self._values(arrays["codes"], dtype, value, self.scale, self.zero_point)
-
-    def config(self) -> dict[str, Any]:
-        """The attributes that are not tensors; the zero point too when there is none."""
-        return super().config() | {"axes": list(self.axes)}
 
     def scaled(self, weight: Tensor, factor: Tensor, axis: int) -> tuple[Tensor, Code] | None:
         """Scales take the factors in; negative ones change the signs of the integers."""
@@ -175,6 +184,11 @@ class PowerOfTwo(GridCode):
     e_max: Tensor
     rounding: str
     kind: ClassVar[str] = "power_of_two"
+
+    @property
+    def word(self) -> Word:
+        """A sign, and the exponent code."""
+        return Word(self.width, "modulus", exponent=self.width - 1)
 
     def arrays(self, weight: Tensor) -> dict[str, Tensor]:
         """Signed exponent codes, and the largest exponents."""
@@ -222,6 +236,11 @@ class MiniFloatCode(GridCode):
     mantissa: int
     kind: ClassVar[str] = "minifloat"
 
+    @property
+    def word(self) -> Word:
+        """Sign, exponent and mantissa."""
+        return Word(self.width, exponent=self.exponent)
+
     def arrays(self, weight: Tensor) -> dict[str, Tensor]:
         """Bit patterns and scales."""
 
@@ -235,6 +254,7 @@ class MiniFloatCode(GridCode):
         """Values of the bit patterns, times the scales."""
 
         def value(codes: Tensor, scale: Tensor) -> Tensor:
-            return formats.minifloat_dequantize(codes.to(torch.int32), self.exponent, self.mantissa) * scale
+            plain = codes.to(torch.int32)
+            return formats.minifloat_dequantize(plain, self.exponent, self.mantissa, special=True) * scale
 
         return self._values(arrays["codes"], dtype, value, self.scale)

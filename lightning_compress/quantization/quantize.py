@@ -108,7 +108,9 @@ class Quantize(Transform):
     structural: ClassVar[bool] = True  # as far as activations go: see structure()
     stage: ClassVar[str] = "grid"
     refuses_after: ClassVar[Mapping[str, str]] = {
-        "grid": "the weights lie on a grid already; give every layer its bits in one Quantize(bits={pattern: bits})"
+        "grid": "the weights lie on a grid or share values already; give every layer its bits in one "
+        "Quantize(bits={pattern: bits}), and shared values theirs by ShareWeights(codebook_bits=8); to quantize some "
+        "layers and share the others, quantize first: ShareWeights leaves these alone"
     }
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The parts of NSGA-II as pure functions of arrays: who dominates whom, who survives, who has children.
+"""The parts of NSGA-II as pure functions of arrays: which front, who survives, who has children.
 
 Points are rows of objective values, all minimized. Source: Deb, Pratap, Agarwal and Meyarivan 2002, A Fast and Elitist
 Multiobjective Genetic Algorithm: NSGA-II.
@@ -9,27 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-
-
-def dominance(points: Floats) -> npt.NDArray[np.bool_]:
-    """Which point dominates which: nowhere larger, somewhere smaller.
-
-    Args:
-        points: [N, M].
-
-    Returns:
-        [N, N], True at (i, j) if i dominates j.
-
-    Examples:
-        >>> from lightning_compress.search.nsga import dominance
-        >>> import numpy as np
-        >>> dominance(np.array([[1.0, 1.0], [2.0, 1.0]])).tolist()
-        [[False, True], [False, False]]
-    """
-    a, b = points[:, None, :], points[None, :, :]
-    return np.asarray((a <= b).all(-1) & (a < b).any(-1))
+from lightning_compress.functional.tradeoff import Floats, Ints, dominance
 
 
 def ranks(points: Floats) -> Ints:
@@ -176,61 +156,3 @@ def mutate(
         integer, rng.choice([-1.0, 1.0], len(genes)), sigma * (high - low) * rng.standard_normal(len(genes))
     )
     return np.clip(np.where(hit, genes + step, genes), low, high)
-
-
-def pareto(points: Floats) -> Ints:
-    """The points that none dominates, one of each, sorted by their values.
-
-    Args:
-        points: [N, M].
-
-    Returns:
-        Positions.
-
-    Examples:
-        >>> from lightning_compress.search.nsga import pareto
-        >>> import numpy as np
-        >>> pareto(np.array([[2.0, 1.0], [1.0, 2.0], [1.0, 2.0], [2.0, 2.0]])).tolist()
-        [1, 0]
-    """
-    if not len(points):
-        return np.zeros(0, dtype=np.int64)
-    _, first = np.unique(points, axis=0, return_index=True)  # sorted by value
-    return first[~dominance(points[first]).any(0)]
-
-
-def hypervolume(points: Floats, reference: Floats) -> float:
-    """Volume of what is dominated by the points and dominates the reference; exact, by slices along the last axis.
-
-    Args:
-        points: [N, M]; those that are not below the reference everywhere add nothing.
-        reference: [M].
-
-    Returns:
-        The volume, >= 0.
-
-    Examples:
-        >>> from lightning_compress.search.nsga import hypervolume
-        >>> import numpy as np
-        >>> hypervolume(np.array([[1.0, 2.0], [2.0, 1.0]]), np.array([3.0, 3.0]))
-        3.0
-
-    Source: Zitzler and Thiele 1998, Multiobjective Optimization Using Evolutionary Algorithms.
-    """
-    inside = points[(points < reference).all(1)]
-    front = inside[pareto(inside)]
-    if not len(front):
-        return 0.0
-    if front.shape[1] == 1:
-        return float(reference[0] - front.min())
-    if front.shape[1] == 2:  # sorted by the first objective, so the second one falls
-        widths = np.diff(np.append(front[:, 0], reference[0]))
-        return float((widths * (reference[1] - front[:, 1])).sum())
-    front = front[np.argsort(front[:, -1], kind="stable")]
-    ends = np.append(front[1:, -1], reference[-1])
-    slices = (
-        (end - front[i, -1]) * hypervolume(front[: i + 1, :-1], reference[:-1])
-        for i, end in enumerate(ends)
-        if end > front[i, -1]
-    )
-    return float(sum(slices))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_compress.functional.tradeoff import Floats
 from lightning_compress.search import nsga
 from lightning_compress.search.space import Genome, Space
 
@@ -117,7 +118,7 @@ class Evolution(Proposer):
         """The same one, mutated once more."""
         return self._mutated(np.array(genome), rng)
 
-    def _mutated(self, genes: nsga.Floats, rng: np.random.Generator) -> Genome:
+    def _mutated(self, genes: Floats, rng: np.random.Generator) -> Genome:
         space = self.space
         return space.tidy(nsga.mutate(genes, space.low, space.high, space.integer, rng))
 

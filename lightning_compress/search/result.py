@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_compress import plots, tables
 from lightning_compress.container import replacing
-from lightning_compress.search import nsga
+from lightning_compress.functional.tradeoff import pareto
 from lightning_compress.search.objectives import Problem
 from lightning_compress.search.space import Genome, Settings
 from lightning_compress.transform import Transform
@@ -172,7 +172,7 @@ class SearchResult:
             raise ValueError("one objective has no front: see hypervolume instead.")
         x, y = self.objectives[:2]
         every = [(row.values[x], row.values[y]) for row in self.evaluated]
-        front = np.array(every)[nsga.pareto(np.array(every))]
+        front = np.array(every)[pareto(np.array(every))]
         bound = self.target.get(x)
         return plots.pareto_front(every, [(float(a), float(b)) for a, b in front], (x, y), bound, ax)
 

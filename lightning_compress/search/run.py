@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -15,21 +13,23 @@ from torch import nn
 
 from lightning_compress import archive
 from lightning_compress.compress import compress
+from lightning_compress.functional.tradeoff import hypervolume, pareto
 from lightning_compress.metrics import Task
 from lightning_compress.pipelines.config import CompressionConfig
 from lightning_compress.pipelines.errors import OutputError
 from lightning_compress.pipelines.keys import unknown
 from lightning_compress.pipelines.limits import Limits
-from lightning_compress.search import nsga
 from lightning_compress.search.assemble import Assembler
 from lightning_compress.search.greedy import greedy
 from lightning_compress.search.journal import Journal, Values
 from lightning_compress.search.objectives import Objective, Problem, names_of
+from lightning_compress.search.processes import Work
 from lightning_compress.search.propose import BACKENDS, proposer
 from lightning_compress.search.result import Row, SearchResult
 from lightning_compress.search.space import Genome, space_of
 from lightning_compress.stats import Calibration
-from lightning_compress.steps import digests
+from lightning_compress.stats.keeping import Kept
+from lightning_compress.steps import fingerprint
 
 
 def search(
@@ -117,7 +117,7 @@ def search(
             stacklevel=2,
         )
     compress(model, [])  # weights that are not finite are refused before any work
-    inputs = Calibration(example_input=example_input, data=data, seed=seed, origin=model)
+    inputs = Calibration(example_input=example_input, data=data, seed=seed, origin=model, kept=Kept())
     error = OutputError(model, inputs, task) if "error" in names else None
     x = inputs.example(model)
     if x is None and {"macs", "latency_ms"} & set(names):
@@ -139,7 +139,7 @@ def search(
         raise ValueError(f"reference={list(reference)}: give one value for each of {', '.join(names)}.")
 
     about = {
-        "model": _digest(model),
+        "model": fingerprint(model),
         "space": genes.describe(),
         "objectives": list(names),
         "population": population,
@@ -154,7 +154,7 @@ def search(
             greedy(problem.assembler, genes, batches, population // 2) if backend != "random" else []
         )
     proposing = proposer(backend, genes, journal.start or [], seed, len(names))
-    evaluate = _Evaluating(problem, executor)
+    evaluate: Work[Genome, Values] = Work(problem, executor)
     evaluated: dict[Genome, Values] = {}
     volumes: list[float] = []
     for generation in range(generations):
@@ -164,14 +164,14 @@ def search(
             journal.add(genome, values)
         evaluated |= {genome: journal.known[genome] for genome in asked}
         proposing.tell(asked, [journal.known[genome] for genome in asked])
-        volumes.append(nsga.hypervolume(np.array([*evaluated.values()]), np.array(reference, dtype=float)))
+        volumes.append(hypervolume(np.array([*evaluated.values()]), np.array(reference, dtype=float)))
         if progress is not None:
             progress(generation, volumes[-1])
     every = tuple(
         Row(genome, dict(zip(names, values, strict=True)), genes.settings(genome))
         for genome, values in evaluated.items()
     )
-    front = nsga.pareto(np.array([*evaluated.values()]))
+    front = pareto(np.array([*evaluated.values()]))
     return SearchResult(
         problem=problem,
         objectives=names,
@@ -185,47 +185,7 @@ def search(
     )
 
 
-class _Evaluating:
-    """Evaluates genomes here or in an executor; values come in the order of the genomes."""
-
-    def __init__(self, problem: Problem, executor: Executor | None) -> None:
-        self.problem, self.executor = problem, executor
-        self.packed = b"" if executor is None else pickle.dumps(problem)
-        self.name = hashlib.sha256(self.packed).hexdigest()
-
-    def __call__(self, genomes: Sequence[Genome]) -> Any:
-        if self.executor is None:
-            yield from map(self.problem, genomes)
-            return
-        jobs = [self.executor.submit(_evaluated, self.name, self.packed, genome) for genome in genomes]
-        try:
-            for job in jobs:
-                yield job.result()
-        finally:
-            for job in jobs:
-                job.cancel()
-
-
-_UNPACKED: dict[str, Problem] = {}  # of the process that evaluates: the last problem it was sent
-
-
-def _evaluated(name: str, packed: bytes, genome: Genome) -> Values:
-    problem = _UNPACKED.get(name)
-    if problem is None:
-        problem = pickle.loads(packed)
-        _UNPACKED.clear()
-        _UNPACKED[name] = problem
-    return problem(genome)
-
-
 def _reference(problem: Problem, model: nn.Module, names: Sequence[str]) -> list[float]:
     usual = {"size_fraction": 1.0, "error": 1.0}
     rest = [] if set(names) <= set(usual) else problem.values(model)
     return [usual[name] if name in usual else rest[i] for i, name in enumerate(names)]
-
-
-def _digest(model: nn.Module) -> str:
-    joined = hashlib.sha256()
-    for name, (digest, *_) in sorted(digests(model).items()):
-        joined.update(name.encode() + digest)
-    return joined.hexdigest()[:16]

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from lightning_compress.functional.tradeoff import Floats
 from lightning_compress.names import lookup, matches
 from lightning_compress.pipelines.config import CompressionConfig
 from lightning_compress.pipelines.keys import check_keys
 from lightning_compress.pruning.units import units
-from lightning_compress.search.nsga import Floats
 from lightning_compress.tables import listing
 from lightning_compress.targets import find
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.codes import Code
+from lightning_compress.functional.bit_errors import Word
 from lightning_compress.functional.clustering import nearest
 from lightning_compress.functional.groups import like, real
 from lightning_compress.sharing.entries import pieces
@@ -93,6 +94,11 @@ class Codebook(SharedCode):
     zero: bool = False
     kind: ClassVar[str] = "codebook"
 
+    @property
+    def word(self) -> Word:
+        """An index."""
+        return index_word(len(self.codebook))
+
     def table(self, dtype: torch.dtype) -> Tensor:
         """The values of a weight of this dtype, [K] in its real dtype."""
         return scaled_values(self.codebook, self.scale, dtype)
@@ -144,6 +150,11 @@ def index_dtype(count: int) -> torch.dtype:
 def index_width(count: int) -> int:
     """Bits that tell so many values apart: ``ceil(log2 K)``."""
     return max(count - 1, 0).bit_length()
+
+
+def index_word(count: int) -> Word:
+    """Layout of an index into a table of so many values."""
+    return Word(max(index_width(count), 1), count=count)
 
 
 def tensors_of(code: Code) -> dict[str, Tensor]:

@@ -181,7 +181,7 @@ class ShareWeights(Transform):
                 targets.append(t)
             else:
                 skipped[t.key] = why
-        counts = self.counts(targets)
+        counts = self.counts(found.targets)  # an entry for a weight that stays as it is is no mistake
         skipped |= {
             t.key: f"no pattern of clusters={self.clusters} fits" for t in targets if t.key not in counts
         }
@@ -211,7 +211,7 @@ class ShareWeights(Transform):
         """K of every target: exact name, pattern, "*".
 
         Args:
-            targets: weights.
+            targets: weights, also those that are left alone.
 
         Returns:
             Target key -> K; targets that nothing fits are missing.

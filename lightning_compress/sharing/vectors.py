@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_compress.functional.bit_errors import Word
 from lightning_compress.functional.vectors import nearest_rows
 from lightning_compress.sharing import entries
 from lightning_compress.sharing.codes import (
@@ -16,6 +17,7 @@ from lightning_compress.sharing.codes import (
     check_count,
     index_dtype,
     index_width,
+    index_word,
     rounded,
     scaled_values,
     side_bits,
@@ -53,6 +55,11 @@ class VectorCodebook(SharedCode):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))  # a list, in a stored configuration
+
+    @property
+    def word(self) -> Word:
+        """An index."""
+        return index_word(len(self.codebook))
 
     def arrays(self, weight: Tensor) -> dict[str, Tensor]:
         """Number of the nearest row of every run; codebook and mask."""

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.functional import sampling
-from lightning_compress.stats.running import device_of, first_tensor, move
+from lightning_compress.stats.drawing import SAMPLERS, drawn_like, sample_count, take_samples
+from lightning_compress.stats.keeping import Kept
+from lightning_compress.stats.running import device_of, move
+from lightning_compress.stats.samplers import Sampler
 from lightning_compress.stats.synthesis import can_match, match_batchnorm
 
 
@@ -32,6 +34,7 @@ class Calibration:
         origin: the model as it was before any method, for the sampler "batchnorm": the present one may have
             lost its BatchNorm. None takes the present one.
         loss: function of the model's output and a batch's labels to a scalar, for methods that look at gradients.
+        kept: where statistics are kept, for methods that are tried several times; None keeps nothing.
 
     "normal" draws N(0, 1). "grf" draws Gaussian random fields with the mean and variance of every channel of
     ``example_input``; a channel of two values becomes a thresholded field with the same share of either.
@@ -56,6 +59,7 @@ class Calibration:
     seed: int = 0
     origin: nn.Module | None = field(default=None, compare=False, repr=False)
     loss: Callable[[Any, Any], Tensor] | None = field(default=None, compare=False)
+    kept: Kept | None = field(default=None, compare=False, repr=False, kw_only=True)
     # Shape and seed -> the model and what was made from it; copies by `dataclasses.replace` share it.
     _made: dict[Any, tuple[nn.Module, Tensor]] = field(
         default_factory=dict, compare=False, repr=False, kw_only=True
@@ -177,8 +181,9 @@ class Calibration:
         sizes = [min(_BATCH, self.samples - start) for start in range(0, self.samples, _BATCH)]
         if isinstance(sampler, str):
             draw = SAMPLERS[sampler]
-            return (_Inputs(_like(self.example_input, n, draw, generator)) for n in sizes)
-        return (sampler(n, generator) for n in sizes)
+            return (_Inputs(drawn_like(self.example_input, n, draw, generator)) for n in sizes)
+        drawn = (sampler(n, generator) for n in sizes)
+        return map(_Inputs, drawn) if isinstance(sampler, Sampler) else drawn
 
     def _origin(self, model: nn.Module) -> nn.Module:
         return model if self.origin is None else self.origin
@@ -194,7 +199,6 @@ class Calibration:
 
 
 _MATCHED = "batchnorm"
-_Draw = Callable[[Tensor, int, torch.Generator], Tensor]
 _BATCH = 32
 _LABELS = ("y", "label", "labels", "target", "targets")
 
@@ -206,32 +210,10 @@ class _Inputs:
     value: Any
 
 
-def sample_count(batch: Any) -> int:
-    """Length of the first axis of a batch's first tensor."""
-    tensor = first_tensor(batch.value if isinstance(batch, _Inputs) else batch)
-    if tensor is None or tensor.dim() == 0:
-        raise ValueError(
-            "a calibration batch is a tensor, a tuple or a dict of tensors, samples first, not "
-            f"{type(batch).__name__}."
-        )
-    return tensor.shape[0]
-
-
-def take_samples(value: Any, count: int, start: int, stop: int) -> Any:
-    """Samples ``start`` to ``stop`` of a batch of ``count``; tensors without a sample axis stay whole."""
-    if isinstance(value, Tensor):
-        return value[start:stop] if value.dim() and value.shape[0] == count else value
-    if isinstance(value, Mapping):
-        return {k: take_samples(v, count, start, stop) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return tuple(take_samples(v, count, start, stop) for v in value)
-    return value
-
-
 def _limited(batches: Iterable[Any], samples: int) -> Iterator[Any]:
     """Batches until ``samples`` samples are reached; the last one is cut."""
     for batch in batches:
-        count = sample_count(batch)
+        count = sample_count(batch.value if isinstance(batch, _Inputs) else batch)
         yield batch if count <= samples else take_samples(batch, count, 0, samples)
         samples -= count
         if samples <= 0:
@@ -265,53 +247,3 @@ def _split(batch: Any, model: nn.Module) -> tuple[Any, Any]:
     if isinstance(batch, tuple | list):
         return batch[0], batch[1] if len(batch) > 1 else None
     return batch, None
-
-
-def _like(example: Any, n: int, draw: _Draw, generator: torch.Generator) -> Any:
-    """``n`` drawn samples in the structure of the example; tensors without a sample axis stay as they are."""
-    count = sample_count(example)
-
-    def one(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {k: one(v) for k, v in value.items()}
-        if isinstance(value, tuple | list):
-            return tuple(one(v) for v in value)
-        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != count:
-            return value
-        value = value.detach().cpu()
-        if value.is_complex():
-            parts = [draw(part, n, generator) for part in (value.real, value.imag)]
-            return torch.complex(*parts).to(value.dtype)
-        if value.is_floating_point():
-            return draw(value, n, generator).to(value.dtype)
-        chosen = torch.randint(value.numel(), (n, *value.shape[1:]), generator=generator)
-        return value.reshape(-1)[chosen]
-
-    return one(example)
-
-
-def _draw_normal(example: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    return sampling.normal((n, *example.shape[1:]), generator)
-
-
-def _draw_fields(example: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Fields with the example's mean and variance per channel, or its share of two values."""
-    if example.dim() < 3:
-        return _draw_normal(example, n, generator)
-    channels = example.shape[1]
-    fields = sampling.gaussian_random_field((n * channels, *example.shape[2:]), generator=generator)
-    fields = fields.view(n, channels, *example.shape[2:])
-    constant = bool((example == example.reshape(-1)[0]).all())  # it tells no more than a shape
-    for channel in range(channels):
-        given, field = example[:, channel].float(), fields[:, channel]
-        field /= field.std(correction=0).clamp_min(1e-30)
-        values = torch.unique(given)
-        if len(values) == 2:
-            share = float((given == values[0]).float().mean())
-            fields[:, channel] = torch.where(field <= field.flatten().quantile(share), values[0], values[1])
-        else:
-            fields[:, channel] = given.mean() + field * (1.0 if constant else given.std(correction=0))
-    return fields
-
-
-SAMPLERS = {"normal": _draw_normal, "grf": _draw_fields}

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_compress.stats.biases import shift_of
-from lightning_compress.stats.calibration import Calibration, sample_count, take_samples
+from lightning_compress.stats.calibration import Calibration
+from lightning_compress.stats.drawing import sample_count, take_samples
 from lightning_compress.stats.fields import BATCHED, SINGLE
 from lightning_compress.stats.running import call, first_tensor, observing
 from lightning_compress.targets import Target

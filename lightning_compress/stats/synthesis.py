@@ -109,7 +109,7 @@ def match_batchnorm(
         )
         stack.enter_context(bar)
         match = stack.enter_context(_Mismatch(model))
-        mean, std = _scale(example_input.detach().float().to(device))
+        mean, std = channel_scale(example_input.detach().float().to(device))
         for _ in range(batches):
             z = _start((batch, *example_input.shape[1:]), generator).to(device).requires_grad_()
             adam = torch.optim.Adam([z], lr=lr, betas=_BETAS)
@@ -158,8 +158,19 @@ class _Mismatch(ExitStack):
         self._terms.append(off.square().mean() + (ratio - 1).square().mean())
 
 
-def _scale(example: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per channel [C, 1, ...] of an example; 0 and 1 if it tells no more than a shape."""
+def channel_scale(example: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel of an example; 0 and 1 if it tells no more than a shape.
+
+    Args:
+        example: real [N, C, ...].
+
+    Returns:
+        Both [C, 1, ...].
+
+    Examples:
+        >>> [v.flatten().tolist() for v in channel_scale(torch.tensor([[0.0, 1.0], [2.0, 5.0]]))]
+        [[1.0, 3.0], [1.0, 2.0]]
+    """
     std, mean = torch.std_mean(example, [0, *range(2, example.dim())], correction=0)
     if not bool((std > 0).all()):
         mean, std = torch.zeros_like(mean), torch.ones_like(std)

@@ -1,6 +1,8 @@
 """Compress, save and load random transformers of 1 to 100 million parameters: seconds, and memory beside the model.
 
 python recipes/benchmarks/archive_scale.py [--method quantize4] [--millions 1 3 10 30 100]
+
+Allowed are 1.2 times the largest layer and a tenth of the model; docs/methods/archive.md has the table.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,11 +29,14 @@ from lightning_compress.archive import load, save
 from lightning_compress.transform import Transform
 
 SHAPES = {0.1: (48, 2), 1: (128, 4), 3: (192, 6), 10: (320, 7), 30: (512, 9), 100: (768, 14)}  # width, layers
+SEED = 0
 METHODS: dict[str, Callable[[], Transform]] = {
     "prune": lambda: lc.Prune(0.9),
     "prune half": lambda: lc.Prune(0.5),
     "quantize8": lambda: lc.Quantize(8),
     "quantize4": lambda: lc.Quantize(4),
+    "share": lambda: lc.ShareWeights(clusters=16),
+    "rate-distortion": lambda: lc.RateDistortionQuantize(4),
 }
 
 
@@ -55,47 +61,61 @@ class Transformer(nn.Module):
 
 
 class Memory:
-    """Peak of the resident memory of this process in MB, above what it was at the start."""
+    """Peak of the resident memory of this process in MB, above what it holds now.
 
-    def __init__(self) -> None:
+    The system keeps the highest resident memory of a process (VmHWM) and begins anew in a fork of it. So the work goes
+    on in a copy of this process, which waits for it. Imports, compiled loops and the code of libraries, which a copy
+    reads again, are no part of what is measured: something small is done first.
+
+    Args:
+        warm: does it.
+    """
+
+    def __init__(self, warm: Callable[[], Any]) -> None:
+        warm()
+        self._settle()
+        if copy := os.fork():
+            os._exit(os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1]))
+        warm()
+        self._settle()
         self._start = self._now("VmRSS")
+
+    @staticmethod
+    def _settle() -> None:
+        """What is free is not held."""
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
 
     @staticmethod
     def _now(name: str) -> float:
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return int(status.partition(f"{name}:")[2].split()[0]) / 1024
 
-    @staticmethod
-    def settle() -> None:
-        """Give what is not used back to the system, and start the peak anew."""
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
     def peak(self) -> float:
-        """Since the last call of ``settle``."""
+        """Since the start."""
         return self._now("VmHWM") - self._start
 
 
-def measured(memory: Memory, work: Callable[[], Any]) -> dict[str, Any]:
+def measured(work: Callable[[], Any], warm: Callable[[], Any]) -> dict[str, Any]:
     """Seconds and peak of one phase, and what it returns."""
-    memory.settle()
+    memory = Memory(warm)
     start = time.perf_counter()
     result = work()
     return {"seconds": time.perf_counter() - start, "peak": memory.peak(), "result": result}
 
 
 def phases(millions: float, method: str, path: Path) -> dict[str, Any]:
-    """Compress and save, or load the file that is there, in this process."""
+    """Compress and save, or load the file that is there, in this process and its copies."""
     writing = not path.exists()
-    small = Transformer(8, 1)  # imports, compiled loops and buffers are no part of what is measured
-    lc.compress(small, METHODS[method](), inplace=True)
-    save(small, path.with_suffix(".small"))
-    load(path.with_suffix(".small"), Transformer(8, 1))
-    torch.manual_seed(0)
+
+    def warm() -> None:
+        small = Transformer(16, 1)
+        lc.compress(small, METHODS[method](), inplace=True)
+        save(small, path.with_suffix(".small"))
+        load(path.with_suffix(".small"), Transformer(16, 1))
+
+    torch.manual_seed(SEED)
     model = Transformer(*SHAPES[millions])
-    Memory.settle()
-    memory = Memory()
     sizes = [p.numel() * p.element_size() for p in model.parameters()]
     row: dict[str, Any] = {
         "params": sum(sizes) // 4,
@@ -103,11 +123,14 @@ def phases(millions: float, method: str, path: Path) -> dict[str, Any]:
         "layer": max(sizes) / 2**20,
     }
     if writing:
-        row["compress"] = measured(memory, lambda: lc.compress(model, METHODS[method](), inplace=True))
-        row["compress"]["result"] = None
-        row["save"] = measured(memory, lambda: save(model, path).file_bytes)
+
+        def shrink() -> None:
+            lc.compress(model, METHODS[method](), inplace=True)
+
+        row["compress"] = measured(shrink, warm)
+        row["save"] = measured(lambda: save(model, path).file_bytes, warm)
     else:
-        row["load"] = measured(memory, lambda: load(path, model) is model)
+        row["load"] = measured(lambda: load(path, model) is model, warm)
     return row
 
 
@@ -116,10 +139,14 @@ def row_of(millions: float, method: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         row: dict[str, Any] = {}
         for _ in range(2):
-            command = [sys.executable, __file__, "--child", folder, "--method", method, "--millions"]
-            done = subprocess.run([*command, f"{millions:g}"], check=True, capture_output=True, text=True)
-            row |= json.loads(done.stdout.splitlines()[-1])
+            row |= child(__file__, "--child", folder, "--method", method, "--millions", f"{millions:g}")
     return row
+
+
+def child(*arguments: str) -> Any:
+    """What another process of Python says in its last line."""
+    done = subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(rows: list[dict[str, Any]]) -> str:

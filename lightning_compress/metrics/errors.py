@@ -131,7 +131,8 @@ def wilson_interval(p: Tensor, n: Tensor, z: float = _Z95) -> tuple[Tensor, Tens
     centre = p + z**2 / (2 * n)
     half = z * torch.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     scale = 1 + z**2 / n
-    return ((centre - half) / scale).clamp(0, 1), ((centre + half) / scale).clamp(0, 1)
+    low, high = ((centre - half) / scale).clamp(0, 1), ((centre + half) / scale).clamp(0, 1)
+    return torch.minimum(low, p), torch.maximum(high, p)  # which rounding can miss at 0 and 1
 
 
 class _MeanError(Metric):
