@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_compress import codes, transform
-from lightning_compress.codes import Code, same_bits
+from lightning_compress.codes import Code
 from lightning_compress.container import Reader, Writer
 from lightning_compress.functional.arrays import CARRIERS, Array, Words
 from lightning_compress.functional.freeing import Freeing
@@ -156,7 +156,7 @@ def _fields(code: Code, weight: Tensor) -> dict[str, Tensor] | None:
         return None
     try:
         arrays = code.arrays(weight)
-        return arrays if same_bits(code.rebuild(arrays, weight.dtype), weight) else None
+        return arrays if code.holds(arrays, weight) else None
     except (IndexError, RuntimeError, ValueError):  # such as a mask of another shape
         return None
 

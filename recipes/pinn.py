@@ -7,7 +7,25 @@ sine wave that steepens into a shock. The network sees the equation only, never 
 points of the domain and compares with the network's own answers. The file of ``--data`` holds a reference solution
 (``burgers_x``, ``burgers_t``, ``burgers_u``; M. Raissi's); errors to it are relative L2 over its grid.
 
-MEASURED
+Measured, relative L2 to the network on 4,096 other points, and to the reference:
+
+                         parameters  file_bytes  to the network  to the reference
+    network                  16,705      55,590   0.00 %          0.69 %
+    8 bits                   16,705      18,261   0.18 %          0.69 %
+    6 bits                   16,705      14,065   0.80 %          0.97 %
+    4 bits                   16,705       9,770   4.73 %          4.69 %
+    50 % zeros               16,705      28,940  13.86 %         13.93 %
+    80 % zeros               16,705      12,942  31.23 %         31.54 %
+    student 25 %              4,257      14,812   1.50 %          1.77 %
+    student 25 %, 8 bits      4,257       5,657   1.55 %          1.78 %
+    student 10 %              1,701       6,210   2.37 %          2.59 %
+    student 10 %, 8 bits      1,701       2,754   2.48 %          2.69 %
+    student 5 %                 883       3,475   3.30 %          3.48 %
+    student 5 %, 8 bits         883       1,771   3.35 %          3.52 %
+
+2,500 steps of 1,024 points trained the network, 1,500 of 256 each student, which began with random weights at 99 % to
+101 %. One run, seed 0. Machine: 2 shared cores of an Intel Xeon at 2.1 GHz, CPU only, beside ten other processes, where
+the network took 12 minutes and a student one. Python 3.11, torch 2.15.0, lightning 2.6.6.
 """
 
 from __future__ import annotations
@@ -149,10 +167,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, help=".npz file with a reference solution, for errors only")
     parser.add_argument("--checkpoint", type=Path, help="weights of a network that this recipe has trained")
-    parser.add_argument("--max-steps", type=int, default=3000)
+    parser.add_argument("--max-steps", type=int, default=2500)
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--distill-steps", type=int, default=4000)
+    parser.add_argument("--distill-steps", type=int, default=1500)
     parser.add_argument("--distill-lr", type=float, default=3e-3)
     parser.add_argument("--init", default="random", choices=["random", "teacher"], help="how students begin")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.1, 0.05], help="of parameters")

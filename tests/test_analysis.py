@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lightning_compress as lc
 from lightning_compress import archive
-from lightning_compress.analysis import Analysis, analyze, bit_error_curve, quick, write_report
+from lightning_compress.analysis import Analysis, analyze, bit_error_curve, quick, sensitivity, write_report
 from lightning_compress.analysis import techniques as techniques_module
 from lightning_compress.analysis.bare import Chain, holder, stripped
 from lightning_compress.analysis.inputs import gather, read
@@ -668,6 +668,17 @@ def test_bit_error_curves(whole: Analysis, net: nn.Module) -> None:
     )  # a float has bits that break all
     full = whole.with_bit_errors((1e-3,))
     assert {"original"} < set(full.bit_errors) and full.to_json()["bit_errors"]["original"][0][0] == 1e-3
+
+
+def test_one_layer_at_a_time(net: nn.Module) -> None:
+    found = sensitivity(net, levels=[3, 0.9], **SMALL)
+    names = {name for name, _ in net.named_parameters() if name.endswith("weight")}
+    assert {row.parameters["layer"] for row in found.rows} == names and len(found.rows) == 2 * len(names)
+    for name, model in found.models([row.name for row in found.rows]).items():
+        changed = {k for k, v in model.state_dict().items() if not torch.equal(v, net.state_dict()[k])}
+        assert changed == {name.split()[0]}
+    with pytest.raises(ValueError, match=r"levels has 1\.5"):
+        sensitivity(net, levels=[1.5], **SMALL)
 
 
 def test_reports_are_written(whole: Analysis, tmp_path: Path) -> None:

@@ -108,9 +108,8 @@ def test_given_data_train_without_their_labels() -> None:
     result = distill(teacher, student, data=loader, val_data=loader, example_input=x[:1], steps=120, lr=2e-2)
     assert torch.equal(random, torch.get_rng_state())
     assert result.inputs == "data" and result.steps == 120
-    assert (
-        result.data_after is not None and result.data_after.ber < 0.1
-    )  # all labels are 0; the teacher's are not
+    assert result.data_after is not None and result.data_before is not None
+    assert result.data_after.ber < result.data_before.ber / 2  # all labels are 0; the teacher's are not
     assert float((student(x).argmax(1) == 0).float().mean()) < 0.9
 
 
@@ -176,7 +175,7 @@ def test_several_arguments() -> None:
 
 def test_tasks() -> None:
     assert find_task(lc.models.LeNet5(), torch.zeros(1, 1, 28, 28)).task == "classification"
-    assert find_task(wave(), POINT) == ("regression", "one value of each input", True)
+    assert find_task(wave(), POINT) == ("regression", "linear layers on 2 coordinates", True)
     fields = lc.models.PINN(2, 3, (8,))
     assert find_task(fields, POINT)[::2] == ("regression", True)
     few = lc.models.MLP(4, 3, (8,))  # could be a classifier of four measurements

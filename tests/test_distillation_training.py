@@ -69,7 +69,7 @@ def fit(folder, *more, method="none", kind="plain", resume=False):
     return module, t
 
 
-@pytest.mark.parametrize(("kind", "method"), [("plain", "none"), ("lit", "prune"), ("plain", "quantize")])
+@pytest.mark.parametrize(("kind", "method"), [("lit", "prune"), ("plain", "quantize")])
 def test_a_killed_fit_resumes_bit_for_bit(tmp_path, kind, method):
     """Acceptance 3."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from matplotlib import rc_context
 from outcomes import KINDS, about, outcome, row
 
 from lightning_compress import tables
@@ -19,6 +20,7 @@ from lightning_compress.analysis.outcome import Outcome, marked
 from lightning_compress.analysis.page import page
 from lightning_compress.analysis.report import TIMINGS, ber_text, report_text
 from lightning_compress.analysis.write import csv_text, prepare, write
+from lightning_compress.plots.rows import stored
 
 FILES = {
     "compression_report.txt",
@@ -256,6 +258,13 @@ def test_page_is_well_formed_whole_and_needs_nothing_else(kind):
         assert attrs.get("src", "data:").startswith("data:image/png;base64,") or "src" not in attrs
     assert "http:" not in text and "https:" not in text and "url(" not in text and "@import" not in text
     names = {cells[0] for cells in tags.cells if cells}
+    for name, curve in found.bit_errors.items():
+        for pair in curve:
+            assert [name, *map(tables.cell, pair)] in tags.cells
+    for r in stored(found.combined):
+        assert [r.name, *map(tables.cell, (r.compression_ratio, r.product_of_ratios))] in [
+            c[:3] for c in tags.cells
+        ]
     assert {r.name for r in found.rows} <= names  # worked or not, each row is in a table
 
 
@@ -303,7 +312,8 @@ def test_all_files_are_written_and_nothing_else_is_touched(tmp_path, small, mode
     for name in ("compression_analysis.png", "ber_compression_analysis.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG\r\n")
     first = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
-    write(small, models, out)
+    with rc_context({"axes.facecolor": "red", "font.size": 30}):  # the user's style is for the user's figures
+        write(small, models, out)
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == first  # byte for byte
 
 

@@ -1,6 +1,5 @@
 """Inputs without data: what each sampler draws, which one is chosen, and that nothing else changes."""
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -117,7 +116,11 @@ def test_auto_chooses_and_says_why() -> None:
     pinn = lc.models.PINN(2, 1, (8, 8), fourier_features=4)
     auto = synthesize(pinn, "auto", torch.zeros(1, 2))
     assert auto.name.startswith("uniform (Sobol)") and "2 coordinates" in auto.reason
-    assert choose_kind(normed(), torch.zeros(1, 3, 18, 18))[0] == "bn_stats+normal"
+    assert choose_kind(normed(), torch.zeros(1, 3, 18, 18))[0] == "bn_stats+grf"
+    assert choose_kind(lc.models.LeNet5(), torch.zeros(1, 1, 28, 28)) == (
+        "grf",
+        "images, which are smooth as random fields are",
+    )
     assert choose_kind(lc.models.MLP(), torch.zeros(1, 784))[0] == "normal"
     field = nn.Sequential(nn.Conv2d(1, 2, 1))
     field.spectrum = nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))
@@ -175,18 +178,3 @@ def test_functions_are_samplers_and_errors_say_what_is_allowed() -> None:
         synthesize(LINEAR, "normal")
     with pytest.raises(ValueError, match="those of 'bn_stats'"):
         synthesize(LINEAR, "normal", (2,), pool=8)
-
-
-def test_matched_images_quantize_better_than_noise() -> None:
-    """Ranges that calibration finds on them fit the model's own data better."""
-    net = normed()
-    real = nn.functional.avg_pool2d(torch.randn(128, 3, 18, 18, generator=generator(7)), 5, 1, 2) * 4 + 1
-    matched = synthesize(net, "bn_stats", (3, 18, 18), pool=64, steps=60, progress=False)
-    noise = synthesize(net, "normal", (3, 18, 18))
-    lost = {}
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        for name, draws in (("matched", matched), ("noise", noise)):
-            eight = lc.compress(net, [lc.Quantize(bits=8, activation_bits=4)], data=draws).model.eval()
-            lost[name] = float((eight(real) - net(real)).square().mean())
-    assert lost["matched"] < 0.8 * lost["noise"]

@@ -96,7 +96,7 @@ def _tensors(source: Any) -> dict[str, Tensor]:
             raise ValueError("the mapping holds no tensors by name: give model.state_dict().")
         return found
     if Path(source).suffix == ".lcz":
-        return {t.name: archive.load_tensor(source, t.name) for t in archive.inspect(source).tensors}
+        return archive.load_tensors(source)
     return read_tensors(source)
 
 
@@ -160,7 +160,7 @@ def gather(
         >>> from lightning_compress.analysis.inputs import gather
         >>> found = gather(nn.Linear(20, 5), torch.zeros(1, 20), samples=100)
         >>> found.count, found.words
-        (100, 'synthetic: normal, 100 inputs, seed 0 (neither coordinates, nor an operator, nor BatchNorm statistics)')
+        (100, 'synthetic: normal, 100 inputs, seed 0 (...)')
     """
     if samples < 1:
         raise ValueError(f"samples={samples}: at least 1 is needed.")

@@ -128,6 +128,8 @@ def page(outcome: Outcome, figures: Mapping[str, bytes] | None = None) -> str:
         _section("Largest ratio for each limit on the output error rate", _limits(outcome)),
         _section("Figures", "".join(_figure(name, png) for name, png in (figures or {}).items())),
         _section("All techniques", _rows(rows)),
+        _section("Combined pipelines, run and measured", _pipelines(outcome)),
+        _section("Bit errors in the stored codes", _bit_errors(outcome)),
         _section("Skipped and failed", _left_out(rows)),
         _section("Advice", _advice(outcome)),
         _section("The texts", _text("compression_report.txt", report_text(outcome))),
@@ -209,6 +211,20 @@ def _rows(rows: Sequence[Row]) -> str:
     numeric = "001111111110" + "1" * (len(header) - 12)
     search = "<input id='filter' type='search' placeholder='Show only …' aria-label='Show only rows with this text'>"
     return search + _table(header, lines, numeric, marks, "rows")
+
+
+def _pipelines(outcome: Outcome) -> str:
+    header = ["pipeline", "measured ratio", "product of ratios", "error rate", "± SE", "bytes"]
+    lines = [
+        _cells([r.name, r.compression_ratio, r.product_of_ratios, r.ber, r.ber_se, r.file_bytes])
+        for r in stored(outcome.combined)
+    ]
+    return _table(header, lines, numeric="011111") if lines else ""
+
+
+def _bit_errors(outcome: Outcome) -> str:
+    lines = [_cells([name, *pair]) for name, curve in outcome.bit_errors.items() for pair in curve]
+    return _table(["format", "flipped bits", "error rate"], lines, numeric="011") if lines else ""
 
 
 def _table(

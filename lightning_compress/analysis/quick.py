@@ -109,7 +109,7 @@ def quick(
 ) -> Quick:
     """Find the first technique, in order of expected damage, that reaches a ratio within an error, and refine it.
 
-    Tried: int8; 6-bit powers of two; half of the weights to zero, then int8; 16 shared values; 3 coded bits per weight;
+    Tried: int8; 3 coded bits per weight; 16 shared values; 6-bit powers of two; half of the weights to zero, then int8;
     half of the parameters in factors, then int8; students of falling size, as they are and in int8. The first with
     ``ratio >= target_compression`` and ``ber <= max_ber`` is refined: ``compress_to`` finds by bisection the weakest
     strength that still has the ratio. It takes its place if that lowers the error. Everything is measured as by
@@ -201,10 +201,10 @@ def _candidates(student_ratios: Sequence[float], seed: int) -> list[Technique]:
 
     return [
         int8,
+        every["quantized_rate_distortion_3bit"],
+        every["clustered_16"],
         every["quantized_log2_6bit"],
         with_int8(half),
-        every["clustered_16"],
-        every["quantized_rate_distortion_3bit"],
         with_int8(every["lowrank_0.5"]),
         *(t for student in students for t in (student, with_int8(student))),
     ]

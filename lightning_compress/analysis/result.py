@@ -144,13 +144,16 @@ def write_report(
     output_dir: str | os.PathLike[str] = "compression_results",
     *,
     models: str = "all",
-) -> tuple[Any, ...]:
+    ber: bool = True,
+) -> tuple[Path, ...]:
     """Write all files of a report: texts, JSON, CSV, figures, a page, and the archives of the rows.
 
     Args:
         analysis: what ``analyze`` returned.
         output_dir: where to; nothing is written outside.
-        models: archives of "all" rows, of the "pareto" front, or "none".
+        models: archives of "all" rows, of the "pareto" front, or "none". Where the analysis itself keeps its
+            archives in this folder, they stay.
+        ber: whether the text and the figure of errors against ratios are among the files.
 
     Returns:
         The files.
@@ -158,8 +161,17 @@ def write_report(
     Raises:
         OSError: the folder cannot be written into.
         ValueError: ``models`` is none of the three.
+
+    Examples:
+        >>> import os, tempfile
+        >>> from lightning_compress.analysis import analyze, write_report
+        >>> found = analyze(nn.Linear(20, 4), example_input=torch.zeros(1, 20), techniques="pruned_nm", samples=50)
+        >>> folder = tempfile.mkdtemp()
+        >>> _ = write_report(found, folder, models="none")
+        >>> sorted(name for name in os.listdir(folder) if name.startswith("results"))
+        ['results.csv', 'results.json']
     """
-    return write.write(analysis, analysis.workshop.folder, output_dir, models)
+    return write.write(analysis, analysis.workshop.folder, output_dir, models, ber=ber)
 
 
 def _measure(metric: Measure | Metric | None, task: Task) -> tuple[Measure, str]:

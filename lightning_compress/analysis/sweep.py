@@ -172,7 +172,7 @@ def analyze(
         prepared.identity | {"metrics": sorted(extra)},
         "analysis",
     )
-    run = _Run(workshop, journal, executor, progress)
+    run = Run(workshop, journal, executor, progress)
     rows = run(list(todo.values()))
     if combine:
         groups = {t.group for t in todo.values()}
@@ -280,8 +280,15 @@ def prepare_workshop(
     return Prepared(workshop, about, identity)
 
 
-class _Run:
-    """Makes rows, those that the journal holds excepted."""
+class Run:
+    """Makes rows, those that the journal holds excepted.
+
+    Args:
+        workshop: what makes them.
+        journal: of finished rows.
+        executor: None makes one row after the other.
+        progress: show a progress bar on a terminal.
+    """
 
     def __init__(self, workshop: Workshop, journal: Lines, executor: Executor | None, progress: bool) -> None:
         self.workshop, self.journal, self.progress = workshop, journal, progress
@@ -290,6 +297,15 @@ class _Run:
     def __call__(
         self, techniques: Sequence[Technique], ratios: Mapping[str, float] | None = None
     ) -> list[Row]:
+        """The rows of some techniques.
+
+        Args:
+            techniques: what to do.
+            ratios: of rows by name, for what multiplying those of the parts would have promised.
+
+        Returns:
+            One row for each, in order.
+        """
         known = self._known(techniques)
         fresh = [t for t in techniques if t.name not in known]
         for technique in fresh:  # what an analysis that was stopped has left is not trusted

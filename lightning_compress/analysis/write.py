@@ -179,20 +179,26 @@ def _earlier(folder: Path) -> set[str]:
 
 
 def _figures(outcome: Outcome) -> dict[str, bytes]:
-    """Name of a file -> PNG; nothing without matplotlib."""
+    """Name of a file -> PNG, the same whatever style the user has set; nothing without matplotlib."""
     from lightning_compress import plots
 
-    try:
-        made = {
-            "compression_analysis.png": plots.compression_analysis(outcome),
-            "ber_compression_analysis.png": plots.ber_compression_analysis(outcome),
-        }
-    except ImportError as error:
-        warnings.warn(f"The report has no figures: {error}", stacklevel=3)
-        return {}
     images = {}
-    for name, figure in made.items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-        images[name] = buffer.getvalue()
+    try:
+        from matplotlib import style
+
+        with style.context("default"):
+            made = {
+                "compression_analysis.png": plots.compression_analysis(outcome),
+                "ber_compression_analysis.png": plots.ber_compression_analysis(outcome),
+            }
+            for name, figure in made.items():
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+                images[name] = buffer.getvalue()
+    except ImportError:
+        warnings.warn(
+            "The report has no figures, which need matplotlib: pip install 'lightning-compress[tensorboard]'.",
+            stacklevel=3,
+        )
+        return {}
     return images

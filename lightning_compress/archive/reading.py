@@ -55,11 +55,7 @@ def load(path: str | os.PathLike[str], into: nn.Module, *, max_bytes: int = 4 * 
     with naming(path), path.open("rb") as file:
         reader = Reader(file)
         header = reader.header
-        declared = sum(stored.tensor.nbytes for stored in header.tensors)
-        if declared > max_bytes:
-            raise ValueError(
-                f"{declared:,} bytes of tensors are declared; allowed are max_bytes={max_bytes:,}"
-            )
+        _check_size(reader, max_bytes)
         contents.check_plans(header, into)
         steps = [(part, Step.from_json(step)) for part, step in header.steps]
         structural = any(step.structural for _, step in steps)
@@ -152,6 +148,40 @@ def load_tensor(path: str | os.PathLike[str], name: str, *, max_bytes: int = 4 *
                 f"{name!r}: {stored.tensor.nbytes:,} bytes are declared; allowed are max_bytes={max_bytes:,}"
             )
         return contents.decode(stored, reader)[0]
+
+
+def load_tensors(path: str | os.PathLike[str], *, max_bytes: int = 4 * 2**30) -> dict[str, Tensor]:
+    """Read all tensors of an archive, without a model.
+
+    Args:
+        path: file that ``save`` wrote. It may come from anywhere: no code in it is run.
+        max_bytes: refuse archives that declare more bytes of tensors.
+
+    Returns:
+        Name -> tensor on the CPU, as in the state dict of the model that was saved; tied ones are one tensor.
+
+    Raises:
+        ArchiveError: the file is damaged or forged.
+
+    Examples:
+        >>> import tempfile
+        >>> net, path = nn.Linear(8, 8), tempfile.mkdtemp() + "/net.lcz"
+        >>> _ = save(net, path)
+        >>> list(load_tensors(path))
+        ['weight', 'bias']
+    """
+    path = Path(path)
+    with naming(path), path.open("rb") as file:
+        reader = Reader(file)
+        _check_size(reader, max_bytes)
+        found = {s.tensor.name: contents.decode(s, reader)[0] for s in reader.header.tensors}
+        return found | {alias: found[name] for alias, name in reader.header.aliases.items()}
+
+
+def _check_size(reader: Reader, max_bytes: int) -> None:
+    declared = sum(stored.tensor.nbytes for stored in reader.header.tensors)
+    if declared > max_bytes:
+        raise ValueError(f"{declared:,} bytes of tensors are declared; allowed are max_bytes={max_bytes:,}")
 
 
 def inspect(path: str | os.PathLike[str]) -> ArchiveInfo:

@@ -19,7 +19,7 @@ from lightning_compress.cli.networks import InputError
 from lightning_compress.cli.recipes import UNMET, workers
 from lightning_compress.stats.samplers import KINDS
 
-_EXPORTS = {"all": "all", "best": "pareto", "none": "none"}
+_EXPORTS = ("all", "best", "none")
 _LISTS = {
     "pruning_amounts": (float, "shares of zeros"),
     "quantization_bits": (int, "bits of integers"),
@@ -72,6 +72,9 @@ def analyze_options(parser: ArgumentParser) -> None:
         nargs="*",
         default=[0.01, 0.05, 0.1, 0.2, 0.3],
         help="to name the best for",
+    )
+    parser.add_argument(
+        "--no_ber_analysis", action="store_true", help="no text and figure of errors against ratios"
     )
     parser.add_argument("--bit_errors", action="store_true", help="also flip bits in the stored codes")
     parser.add_argument("--measure", action="store_true", help="also time every model and take its memory")
@@ -130,7 +133,10 @@ def run(options: Namespace) -> int:
                 )
             last = str(result)
         result = _further(result, options)
-    files = write_report(result, options.output_dir, models=_EXPORTS[options.export])
+    files = write_report(result, options.output_dir, ber=not options.no_ber_analysis)
+    for row in result.rows:  # the report is written, and nothing is to go on from here
+        if options.export == "none" or (options.export == "best" and not row.pareto):
+            result.workshop.path(row.name).unlink(missing_ok=True)
     print(result.report_text() if options.verbose else last)
     print(f"\n{len(files)} files in {options.output_dir}, among them compression_report.txt and report.html")
     return 0 if met else UNMET

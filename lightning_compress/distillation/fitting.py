@@ -117,7 +117,6 @@ def _quiet() -> Iterator[None]:
             ".*smaller than the logging interval.*",
             ".*LeafSpec.*",
             ".*no `val_dataloader`.*",
-            ".*has `__len__` defined.*",
         ):
             warnings.filterwarnings("ignore", message)
         try:

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
-import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lightning_compress.distillation import settings
 from lightning_compress.distillation.delegation import call_step, lend_hooks, optimizers_in
 from lightning_compress.distillation.examples import features_of, first_input
 from lightning_compress.distillation.features import FEATURE_LOSSES, Projections
 from lightning_compress.distillation.outputs import check_apart, check_finite, main_tensor, split_batch
+from lightning_compress.distillation.settings import check_numbers, check_student, named
 from lightning_compress.distillation.terms import (
     LOSSES,
     NEED_FEATURES,
@@ -84,7 +85,6 @@ class Distillation(LightningModule):
             any, a student that shares tensors with its teacher or optimizes by hand.
 
     Examples:
-        >>> from lightning_compress.distillation.module import Distillation
         >>> student, teacher = nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
         >>> module = Distillation(student, teacher, temperature=2.0)
         >>> len(list(module.parameters())), dict(module.hparams)["loss"], teacher.training
@@ -122,19 +122,20 @@ class Distillation(LightningModule):
             raise ValueError(
                 f'loss={loss!r} compares layers inside: give features={{"student layer": "teacher layer"}}.'
             )
-        _check_numbers(temperature, alpha, feature_weight)
-        _check_student(student, teacher, task_loss, optimizer, scheduler)
+        check_numbers(temperature, alpha, feature_weight)
+        check_apart(student, teacher)
+        check_student(student, task_loss, optimizer, scheduler)
         checked_options(known, loss_options)
         self.loss = known
         # None where the loss has none: quantization-aware training warns of a high one at few bits.
         self.temperature = temperature if known in OF_LOGITS else None
         self.alpha, self.feature_weight = alpha, feature_weight
-        self.task_loss = _task_loss if task_loss is None else resolve(task_loss, {}, "task_loss")
+        self.task_loss = settings.task_loss if task_loss is None else resolve(task_loss, {}, "task_loss")
         self.optimizer, self.scheduler = optimizer, scheduler
         self.schedule = schedule if isinstance(schedule, Schedule) else shape(schedule)
-        settings = {"loss": loss, "task_loss": task_loss, "schedule": schedule, "features": features}
+        choices = {"loss": loss, "task_loss": task_loss, "schedule": schedule, "features": features}
         numbers = {"temperature": self.temperature, "alpha": alpha, "feature_weight": feature_weight}
-        names = {k: name for k, v in settings.items() if (name := _named(v))}
+        names = {k: name for k, v in choices.items() if (name := named(v))}
         self.save_hyperparameters({k: v for k, v in numbers.items() if v is not None} | names)
 
         self._held = [teacher.eval().requires_grad_(False)]  # in a list nn.Module does not see it
@@ -392,66 +393,6 @@ class Distillation(LightningModule):
         return found
 
 
-def _task_loss(output: Any, target: Tensor) -> Tensor:
-    """Cross-entropy for integer targets, mean squared error for others."""
-    answer = main_tensor(output)
-    if answer is None:
-        raise ValueError(
-            f"the student returned {type(output).__name__}, which holds no tensor; give task_loss=function."
-        )
-    if not (target.is_floating_point() or target.is_complex()):
-        return F.cross_entropy(answer, target)
-    if answer.shape != target.shape:
-        raise ValueError(
-            f"the student's output has shape {tuple(answer.shape)}, the target {tuple(target.shape)}; give "
-            "task_loss=function, or alike shapes."
-        )
-    return (answer - target).abs().square().mean()
-
-
 def _samples(calls: list[Call]) -> int:
     answer = main_tensor(calls[0].output) if calls else None
     return 1 if answer is None or not answer.ndim else len(answer)
-
-
-def _named(setting: Any) -> Any:
-    """A setting as a checkpoint may hold it: a string or strings by which it is found again, or None."""
-    if isinstance(setting, str) or (
-        isinstance(setting, dict) and all(isinstance(v, str) for v in setting.values())
-    ):
-        return setting
-    path = f"{getattr(setting, '__module__', '')}.{getattr(setting, '__qualname__', '<>')}"
-    return None if "<" in path or path.startswith("__main__") or not callable(setting) else path
-
-
-def _check_numbers(temperature: float, alpha: float, feature_weight: float) -> None:
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature={temperature}: allowed is > 0.")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha={alpha}: allowed is 0 (task alone) to 1 (teacher alone).")
-    if not (feature_weight >= 0 and math.isfinite(feature_weight)):
-        raise ValueError(f"feature_weight={feature_weight}: allowed is >= 0.")
-
-
-def _check_student(
-    student: nn.Module, teacher: nn.Module, task_loss: Any, optimizer: Any, scheduler: Any
-) -> None:
-    check_apart(student, teacher)
-    if isinstance(getattr(student, "_orig_mod", None), LightningModule):
-        raise ValueError(
-            "the student is a compiled LightningModule, whose steps are hidden: compile its network instead."
-        )
-    if not isinstance(student, LightningModule):
-        return
-    name = type(student).__name__
-    if not student.automatic_optimization:
-        raise ValueError(
-            f"{name} optimizes by hand, so nothing can be added to its loss: set automatic_optimization=True, or give "
-            "its network as the student."
-        )
-    if not is_overridden("training_step", student):
-        raise ValueError(f"{name} has no training_step: give its network as the student.")
-    if task_loss is not None:
-        raise ValueError(f"the task loss is what training_step of {name} returns: leave task_loss out.")
-    if scheduler is not None and optimizer is None and is_overridden("configure_optimizers", student):
-        raise ValueError(f"{name} configures its optimizers: give optimizer= too, or leave scheduler= out.")

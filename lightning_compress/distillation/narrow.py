@@ -62,11 +62,11 @@ class Narrow(Transform):
         >>> net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
         >>> compress(net, [Narrow(0.25)], example_input=torch.randn(1, 4)).model
         Sequential(
-          (0): Linear(in_features=4, out_features=31, bias=True)
+          (0): Linear(in_features=4, out_features=30, bias=True)
           (1): ReLU()
-          (2): Linear(in_features=31, out_features=31, bias=True)
+          (2): Linear(in_features=30, out_features=30, bias=True)
           (3): ReLU()
-          (4): Linear(in_features=31, out_features=2, bias=True)
+          (4): Linear(in_features=30, out_features=2, bias=True)
         )
 
     Source: Howard et al. 2017, MobileNets (the width multiplier).

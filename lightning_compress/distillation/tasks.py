@@ -69,11 +69,11 @@ def find_task(model: nn.Module, x: Any) -> Decision:
     if any(p.is_complex() for p in model.parameters()):
         return Decision("regression", "complex weights: a neural operator", True)
     values = y.shape[1] if y.dim() > 1 else 1
+    if takes_coordinates(model, x):
+        sharp = values > 1 and any(isinstance(m, nn.ReLU) for m in model.modules())
+        return Decision("regression", f"linear layers on {x.shape[1]} coordinates", not sharp)
     if values == 1 or y.is_complex() or not torch.is_floating_point(y):
         return Decision("regression", "one value of each input", True)
-    if takes_coordinates(model, x):
-        sharp = any(isinstance(m, nn.ReLU) for m in model.modules())
-        return Decision("regression", f"linear layers on {x.shape[1]} coordinates", not sharp)
     if y.dim() == 2 and last and isinstance(last[-1], nn.Linear):
         return Decision("classification", f"{values} values of each input, out of a linear layer", True)
     shape = " x ".join(map(str, y.shape[1:]))

@@ -1,6 +1,6 @@
 """Arrays as coded streams: the shortest of several layouts, and a description to check before decoding.
 
-An array is cut into blocks of whole rows, about 2^20 elements each, so that coding one takes the memory of a block.
+An array is cut into blocks of whole rows, about 2^19 elements each, so that coding one takes the memory of a block.
 Layouts of a block:
 
 - ``symbols``: integers minus the smallest of them, one stream.
@@ -36,6 +36,7 @@ CARRIERS = {
     **{"float16": "<u2", "bfloat16": "<u2", "float32": "<f4", "float64": "<f8"},
     **{"complex64": "<c8", "complex128": "<c16"},
 }
+_SIZES = {name: np.dtype(carrier).itemsize for name, carrier in CARRIERS.items()}  # bytes
 LAYOUTS = ("symbols", "planes", "sparse")
 MAX_POOLED = 1 << 12  # arrays of fewer bytes lie in a pool
 BLOCK = 1 << 19  # elements
@@ -98,7 +99,7 @@ class Array:
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
-        return self.count * np.dtype(CARRIERS[self.dtype]).itemsize
+        return self.count * _SIZES[self.dtype]
 
     @property
     def pooled(self) -> bool:

@@ -247,7 +247,9 @@ def _decode(
         span = unit * ((table[token] >> _POINT) - first)
         _learn(table, token, _RATES[seen[c]])
         seen[c] = min(seen[c] + 1, 120)
-        more = (np.int64(span < 16777216) + np.int64(span < 65536)) << 3  # no branch: it could not be foreseen
+        more = (
+            np.int64(span < 16777216) + np.int64(span < 65536)
+        ) << 3  # no branch: it could not be foreseen
         span <<= more
         code = code << more | _word(data, at) >> (16 - more)
         at += more >> 3

@@ -168,7 +168,7 @@ class Header:
         """
         cursor = Cursor(data)
         tensors, pools = _read_table(cursor)
-        header = cls(*_placed(tensors, pools))
+        header = cls(tuple(tensors), tuple(pools))
         header = replace(header, checks=tuple(cursor.take(CHECK) for _ in header.segments()))
         stored = [s.tensor.name for s in tensors]
         found: dict[int, Any] = {}
@@ -253,12 +253,11 @@ def _read_table(cursor: Cursor) -> tuple[list[Stored], list[Array]]:
         plain[-1].check()
         before = _first(plain[-1].shape, before)
     configs = [_filled(bare, cursor) for _, _, _, bare, _ in known]
-    bare: list[Stored] = []
-    for tensor, (_, kind, depth, _, fields), config in zip(plain, known, configs, strict=True):
+    places = _Places(cursor, rows)
+    fields_of: list[list[Array]] = []
+    for tensor, (_, _, _, _, fields) in zip(plain, known, strict=True):
         rows.add(len(fields))
-        arrays = tuple(
-            Array(key, dtype, _field_shape(cursor, mode, tensor.shape)) for key, dtype, mode in fields
-        )
+        arrays = [Array(key, dtype, _field_shape(cursor, mode, tensor.shape)) for key, dtype, mode in fields]
         for array in arrays:
             array.check()
         needed, most = sum(a.nbytes for a in arrays), _FIELD_BYTES * tensor.count + _FIELD_SPARE
@@ -266,23 +265,45 @@ def _read_table(cursor: Cursor) -> tuple[list[Stored], list[Array]]:
             raise ValueError(
                 f"{tensor.name!r}: code of {needed} bytes for {tensor.count} elements; at most {most}"
             )
-        bare.append(Stored(tensor, kind, depth, config, arrays))
+        fields_of.append(arrays)
     tensors = [
-        replace(s, fields=tuple(_with_blocks(cursor, a, rows) for a in s.fields))
-        if s.kind
-        else replace(s, tensor=_with_blocks(cursor, s.tensor, rows))
-        for s in bare
+        Stored(tensor, kind, depth, config, tuple(places.of(a, a.name) for a in fields))
+        if kind
+        else Stored(places.of(tensor, ""), kind, depth, config)
+        for tensor, (_, kind, depth, *_), config, fields in zip(plain, known, configs, fields_of, strict=True)
     ]
-    wanted: Counter[tuple[str, str]] = Counter()
-    for stored in tensors:
-        for array, pool in stored.arrays:
-            if array.pooled and array.count:
-                wanted[array.dtype, pool] += array.count
-    pools = [
-        _with_blocks(cursor, Array(pool, dtype, (count,)), rows, is_pool=True)
-        for (dtype, pool), count in wanted.items()
-    ]
+    pools = [places.of(Array(pool, dtype, (count,)), None) for (dtype, pool), count in places.pooled.items()]
     return tensors, pools
+
+
+class _Places:
+    """Reads the streams of arrays, in order, and says where they begin: end to end, and members of pools too."""
+
+    def __init__(self, cursor: Cursor, rows: _Rows) -> None:
+        self._cursor, self._rows, self._payload = cursor, rows, 0
+        self.pooled: dict[tuple[str, str], int] = {}  # elements
+
+    def of(self, array: Array, pool: str | None) -> Array:
+        """The array with its blocks and place; ``pool``: the one it lies in if it is small."""
+        if pool is not None and array.pooled:
+            key = array.dtype, pool
+            start = self.pooled.get(key, 0)
+            if array.count:
+                self.pooled[key] = start + array.count
+            return Array(array.name, array.dtype, array.shape, (), start)
+        cursor, blocks, start = self._cursor, [], self._payload
+        self._rows.add(-(-array.count // array.block_size))
+        for count in array.extents():
+            layout = _at(LAYOUTS, cursor.uint(), f"{array.name!r}: layout")
+            number = cursor.sint() if layout != "planes" else 0
+            streams = tuple(
+                Stream(_at(CODERS_IN_FILES, cursor.uint(), f"{array.name!r}: coder"), cursor.uint())
+                for _ in range(streams_of(array.dtype, layout))
+            )
+            blocks.append(Block(layout, number, streams))
+            array.check_block(blocks[-1], count)
+            self._payload += sum(stream.length for stream in streams)
+        return Array(array.name, array.dtype, array.shape, tuple(blocks), start)
 
 
 class _Rows:
@@ -381,49 +402,6 @@ def _block(block: Block) -> bytes:
     out += [sint(block.number)] if block.layout != "planes" else []
     out += [uint(CODERS_IN_FILES.index(coder)) + uint(length) for coder, length in block.streams]
     return b"".join(out)
-
-
-def _with_blocks(cursor: Cursor, array: Array, rows: _Rows, is_pool: bool = False) -> Array:
-    """The array with the blocks that follow, unless it lies in a pool."""
-    if array.pooled and not is_pool:
-        return array
-    blocks = []
-    rows.add(-(-array.count // array.block_size))
-    for count in array.extents():
-        layout = _at(LAYOUTS, cursor.uint(), f"{array.name!r}: layout")
-        number = cursor.sint() if layout != "planes" else 0
-        streams = tuple(
-            Stream(_at(CODERS_IN_FILES, cursor.uint(), f"{array.name!r}: coder"), cursor.uint())
-            for _ in range(streams_of(array.dtype, layout))
-        )
-        blocks.append(Block(layout, number, streams))
-        array.check_block(blocks[-1], count)
-    return replace(array, blocks=tuple(blocks))
-
-
-def _placed(
-    tensors: Sequence[Stored], pools: Sequence[Array]
-) -> tuple[tuple[Stored, ...], tuple[Array, ...]]:
-    """The same with offsets: streams end to end, members of pools too."""
-    payload, taken = 0, Counter[tuple[str, str]]()
-
-    def place(array: Array, pool: str | None) -> Array:
-        nonlocal payload
-        if pool is not None and array.pooled:
-            start = taken[array.dtype, pool]
-            taken[array.dtype, pool] += array.count
-        else:
-            start = payload
-            payload += array.stored_bytes
-        return replace(array, offset=start)
-
-    found = tuple(
-        replace(s, fields=tuple(place(a, a.name) for a in s.fields))
-        if s.kind
-        else replace(s, tensor=place(s.tensor, ""))
-        for s in tensors
-    )
-    return found, tuple(place(pool, None) for pool in pools)
 
 
 # -- steps, ties and notes -----------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def _ticks(ax: Any, rows: Sequence[Measured], field: str) -> None:
         m * 10**k for k in range(13) for m in (1, 2, 5) if 0.8 * min(sizes) <= m * 10**k <= 1.25 * max(sizes)
     ]
     marks = marks[:: max(1, len(marks) // 4)] if len(marks) > 1 else sorted({min(sizes), max(sizes)})
-    ax.set_xticks(np.log10(marks), labels=[write(mark) for mark in marks])
+    ax.set_xticks(np.log10(marks), labels=[write(float(f"{mark:.2g}")) for mark in marks])
     fine = axes.ratio_ticks(min([1.0, *ratios]), max(1.25, *ratios))
     ax.set_yticks(np.log2(fine), labels=[f"{v:g}" for v in fine])
     most = max([0.05, *(getattr(row, field) for row in rows)])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_compress.functional import sampling
 from lightning_compress.names import name_of
@@ -87,17 +87,16 @@ class Sampler:
         return f"{self.name} seed={self.seed}"
 
 
-class _Batches(IterableDataset[Any]):
+class _Batches(Dataset[Any]):
     def __init__(self, sampler: Sampler, size: int, count: int) -> None:
         self.sampler, self.size, self.count = sampler, size, count
 
     def __len__(self) -> int:
         return self.count
 
-    def __iter__(self) -> Iterator[tuple[Any]]:
-        for i in range(self.count):
-            generator = torch.Generator().manual_seed(_mixed(self.sampler.seed, i))
-            yield (self.sampler(self.size, generator),)
+    def __getitem__(self, i: int) -> tuple[Any]:
+        generator = torch.Generator().manual_seed(_mixed(self.sampler.seed, i))
+        return (self.sampler(self.size, generator),)
 
 
 def _mixed(seed: int, what: Any) -> int:
@@ -203,8 +202,10 @@ def choose_kind(model: nn.Module, example: Any) -> tuple[str, str]:
     if any(p.is_complex() for p in model.parameters()):
         return "grf", "complex weights: a neural operator, whose inputs are fields"
     if can_match(model, example):
-        return "bn_stats+normal", "BatchNorm has stored statistics of the training data"
-    return "normal", "neither coordinates, nor an operator, nor BatchNorm statistics"
+        return "bn_stats+grf", "BatchNorm has stored statistics of the training data"
+    if isinstance(example, Tensor) and example.dim() > 3 and example.is_floating_point():
+        return "grf", "images, which are smooth as random fields are"
+    return "normal", "neither coordinates, nor images, nor an operator"
 
 
 def takes_coordinates(model: nn.Module, example: Any) -> bool:
