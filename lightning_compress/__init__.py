@@ -1,6 +1,7 @@
 """Compression for Lightning: honest bytes, honest milliseconds, exact resume, any layer."""
 
 from lightning_compress import models
+from lightning_compress.analysis import Analysis, analyze, quick, write_report
 from lightning_compress.archive import inspect, load, save
 from lightning_compress.batchnorm import ReestimateBatchNorm
 from lightning_compress.benchmark import benchmark
@@ -16,6 +17,10 @@ from lightning_compress.callbacks.sparsity import SparsityRegularization
 from lightning_compress.codes import Code
 from lightning_compress.compress import compress
 from lightning_compress.cost import cost
+from lightning_compress.distillation.datafree import DataFreeDistillation, distill
+from lightning_compress.distillation.module import Distillation
+from lightning_compress.distillation.narrow import Narrow
+from lightning_compress.distillation.student import make_student
 from lightning_compress.export import export_onnx
 from lightning_compress.finalize import finalize
 from lightning_compress.fusion import FuseBatchNorm
@@ -39,11 +44,13 @@ from lightning_compress.quantization import (
 )
 from lightning_compress.search import SearchResult, search
 from lightning_compress.sharing import ShareWeights
+from lightning_compress.stats.samplers import synthesize
 from lightning_compress.targets import Axes, find, register
 from lightning_compress.transform import NothingChangedError, Transform
 
 __all__ = [
     "NM",
+    "Analysis",
     "Axes",
     "BatchNormFusion",
     "BatchNormReestimation",
@@ -51,6 +58,8 @@ __all__ = [
     "Code",
     "CompressionConfig",
     "CompressionMonitor",
+    "DataFreeDistillation",
+    "Distillation",
     "DropLayers",
     "Factorize",
     "FuseBatchNorm",
@@ -59,6 +68,7 @@ __all__ = [
     "LowRankRegularization",
     "MergeFactors",
     "MiniFloat",
+    "Narrow",
     "NothingChangedError",
     "OutputErrorRate",
     "PartialFourier",
@@ -81,17 +91,23 @@ __all__ = [
     "TargetResult",
     "Transform",
     "TruncateModes",
+    "analyze",
     "benchmark",
     "compress",
     "compress_to",
     "cost",
+    "distill",
     "export_onnx",
     "finalize",
     "find",
     "inspect",
     "load",
+    "make_student",
     "models",
+    "quick",
     "register",
     "save",
     "search",
+    "synthesize",
+    "write_report",
 ]

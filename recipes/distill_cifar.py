@@ -4,9 +4,21 @@
     python recipes/distill_cifar.py --checkpoint resnet56.safetensors --validation 2000 --seeds 10
 
 Data and checkpoints are those of ``recipes/cifar_resnet.py``. What the teacher answers to every training image and to
-its mirror image is computed once, so a step costs what the student costs.
+its mirror image is computed once, so a step costs what the student costs. The student is a ResNet-20 of half the width:
+68,050 parameters, the teacher has 853,018 (akamaster's weights, 93.30 %).
 
-MEASURED
+Measured with 10,000 training and 5,000 test images, 200 steps of 64 images, seeds 0, 1 and 2, options as they are:
+
+                                 top-1, each seed             mean      standard deviation
+    alone                        44.48 %  45.74 %  33.68 %    41.30 %   6.63
+    with the teacher             46.16 %  46.02 %  45.04 %    45.74 %   0.61
+    difference                   +1.68    +0.28    +11.36     +4.44     6.03
+
+Better with the teacher for all three seeds, but by how much is one bad start of the student alone. Learning rates were
+chosen with one seed on 2,000 training images that did not train: alone 42.7 % at 0.03 and 43.5 % at 0.1, with the
+teacher 45.5 % at 0.03. Each seed ran in a process of its own, from answers of the teacher that were computed once for
+all of them. Machine: 2 shared cores of an Intel Xeon at 2.1 GHz, CPU only. Python
+3.11, torch 2.15.0, lightning 2.6.6. CIFAR-100 needs a GPU and other data: not tested.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -207,6 +208,41 @@ def test_the_model_and_the_global_random_state_are_left_alone() -> None:
     )
     assert torch.equal(torch.rand(2), wanted)
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["lenet5", "fno"])
+def test_other_architectures(kind: str) -> None:
+    """Convolutions and spectral layers: every technique gives a file that gives the row's error back."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if kind == "fno":
+            neuralop = pytest.importorskip("neuralop.models")
+            model = neuralop.FNO(n_modes=(4, 4), in_channels=1, out_channels=1, hidden_channels=8, n_layers=1)
+            x = torch.zeros(1, 1, 8, 8)
+        else:
+            model, x = lc.models.build("lenet5"), torch.zeros(1, 1, 28, 28)
+    wanted = ["pruned_structured_0.5", "quantized_static_int8", "lowrank_0.5", "quantized_e4m3", "student"]
+    wanted += ["truncated_modes_0.5"] if kind == "fno" else []
+    found = analyze(
+        model,
+        example_input=x,
+        samples=30,
+        techniques=wanted,
+        student_ratios=(0.3,),
+        train_students=False,
+        progress=False,
+        combine=False,
+    )
+    assert {row.name: row.reason for row in found.rows if row.status != "ok"} == {}
+    assert found.about.task == ("regression" if kind == "fno" else "classification")
+    judge = found.workshop.judge
+    assert judge is not None
+    for row in found.rows:
+        again = lc.load(found.workshop.path(row.name), into=copy.deepcopy(model))
+        assert judge(again).ber == row.ber and found.workshop.path(row.name).stat().st_size == row.file_bytes
+    rows = {row.name: row for row in found.rows}
+    assert rows["pruned_structured_0.5"].macs < 0.7 * found.about.macs
+    assert rows["lowrank_0.5"].params < found.about.params and rows["lowrank_0.5"].weight_sqnr_db > 0
 
 
 # -- errors of outputs -----------------------------------------------------------------------------------------
@@ -493,6 +529,8 @@ def test_files_and_what_they_hold(net: nn.Module, tmp_path: Path) -> None:
         assert all(torch.equal(v, net.state_dict()[k]) for k, v in bare.model.state_dict().items())
     with pytest.raises(ValueError, match="there is no file"):
         read(tmp_path / "absent.pt")
+    with pytest.raises(ValueError, match="two models are given"):
+        read(net, net)
 
 
 def test_holder_keeps_every_kind_of_tensor() -> None:

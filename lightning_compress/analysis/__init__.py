@@ -1,7 +1,8 @@
 """What a model can bear: every technique measured on it, the trade-off, and the files to choose from.
 
 Reading order: `rows` and `outcome` (what is found), `techniques` and `combined` (what is tried), `inputs` and `bare`
-(what it starts from), `judge` and `workshop` (how a row is made), `sweep` (``analyze``), `quick`, `layers`, `result`, `flips`.
+(what it starts from), `judge` and `workshop` (how a row is made), `sweep` (``analyze``), `quick`, `layers`, `result`,
+`flips`.
 """
 
 from lightning_compress.analysis.flips import bit_error_curve

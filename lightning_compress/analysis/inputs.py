@@ -6,7 +6,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from lightning_compress.checkpoints import load_weights, read_tensors
 from lightning_compress.stats import Calibration
 from lightning_compress.stats.drawing import one_sample, sample_count, take_samples
 from lightning_compress.stats.running import call, evaluating, first_tensor, move
-from lightning_compress.stats.samplers import Sampler, synthesize
+from lightning_compress.stats.samplers import Sampler, choose_kind, synthesize
 
 NO_ARCHITECTURE = "no architecture given: pass model="
 BATCH = 64
 CALIBRATION = 256  # inputs that methods look at
+STOCK = 256  # images that are matched to BatchNorm statistics: minutes for a ResNet
 Source = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 
 
@@ -66,6 +67,8 @@ def read(source: Source | None, model: nn.Module | None = None, rebuild: str | N
     """
     if source is None and model is None:
         raise ValueError("give a model, or the path of its weights.")
+    if isinstance(source, nn.Module) and model is not None:
+        raise ValueError("two models are given: model= is the architecture for weights.")
     if source is None or isinstance(source, nn.Module):
         given = model if source is None else source
         assert given is not None
@@ -182,7 +185,7 @@ def gather(
     else:
         if given is not None:
             _check_runs(model, one_sample(given), "example_input")
-        draws = synthesize(model, sampler, given, seed=seed)
+        draws = sampler_for(model, sampler, given, seed)
         drawn, looked_at = draws.held_out()(samples), draws(CALIBRATION)
         batches = tuple(_split(drawn))
         first = one_sample(batches[0] if given is None else given)
@@ -191,6 +194,28 @@ def gather(
         found = Inputs(first, batches, tuple((x, None) for x in _split(looked_at)), words, draws)
     _check_runs(model, found.batches[0], "inputs")
     return found
+
+
+def sampler_for(
+    model: nn.Module, kind: str | Callable[[int, torch.Generator], Any], example: Any, seed: int
+) -> Sampler:
+    """The sampler of an analysis: as ``synthesize`` makes it, with a smaller stock of images.
+
+    Args:
+        model: it must run.
+        kind: as ``synthesize`` takes it.
+        example: one input or several; None only with a function.
+        seed: of what is drawn.
+
+    Returns:
+        The sampler.
+    """
+    reason = ""
+    if kind == "auto":
+        kind, reason = choose_kind(model, example)
+    options: dict[str, Any] = {"pool": STOCK} if isinstance(kind, str) and "bn_stats" in kind else {}
+    made = synthesize(model, kind, example, seed=seed, **options)
+    return replace(made, reason=reason) if reason else made
 
 
 def _split(drawn: Any) -> Iterator[Any]:

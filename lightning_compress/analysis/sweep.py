@@ -251,6 +251,8 @@ def prepare_workshop(
         judge = Judge(subject.model, inputs.batches, decided.task if task == "auto" else task)  # type: ignore[arg-type]
         if data is None:
             notes.append("measured on synthetic inputs: not an accuracy.")
+        if inputs.sampler is not None and "stock" in inputs.words:
+            notes.append("inputs from a stock are shifted and flipped; intervals take them as independent.")
     workshop = Workshop(subject.model, inputs, judge, Path(), seed, training, metrics)
     example = None if inputs is None else inputs.example
     counted = cost(subject.model, example)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import archive, codes
-from lightning_compress.analysis.inputs import NO_ARCHITECTURE, Inputs
+from lightning_compress.analysis.inputs import NO_ARCHITECTURE, Inputs, sampler_for
 from lightning_compress.analysis.judge import Judge, Judgement
 from lightning_compress.analysis.rows import NAN, Row
 from lightning_compress.analysis.techniques import STUDENT, Technique, seed_of
@@ -22,7 +22,6 @@ from lightning_compress.compress import compress
 from lightning_compress.cost import cost
 from lightning_compress.lowrank import MergeFactors
 from lightning_compress.metrics import WeightError, weight_error
-from lightning_compress.stats.samplers import synthesize
 from lightning_compress.targets import find
 from lightning_compress.transform import NothingChangedError, applied
 
@@ -191,7 +190,7 @@ class Workshop:
         teacher, example = self.model, self.inputs.example
         student = make_student(teacher, ratio, example_input=example, seed=seed)
         if self.training.train:
-            draws = self.inputs.sampler or synthesize(teacher, self.training.sampler, example, seed=self.seed)
+            draws = self.inputs.sampler or sampler_for(teacher, self.training.sampler, example, self.seed)
             distill(
                 teacher,
                 student,

@@ -185,8 +185,8 @@ class Narrow(Transform):
             stays = f" Outputs that stay:{reasons(found.fixed)}" if found.fixed else ""
             raise ValueError(
                 f"no widths give ratio={self.ratio} of {total:,} parameters within tolerance={self.tolerance}: {error} "
-                f"That is a ratio of {error.least / total:.4g}: ask for it, or for another tolerance or round_to "
-                f"(now {self.round_to}).{stays}"
+                f"That is a ratio of {error.least / total:.4g}: ask for it, for another tolerance or round_to "
+                f"(now {self.round_to}), or build the student yourself: make_student(..., factory=...).{stays}"
             ) from None
         return going(kept)
 
