@@ -21,6 +21,7 @@ from lightning_compress import archive
 from lightning_compress.analysis import Analysis, analyze, bit_error_curve, quick, sensitivity, write_report
 from lightning_compress.analysis import techniques as techniques_module
 from lightning_compress.analysis.bare import Chain, holder, stripped
+from lightning_compress.analysis.combined import joined
 from lightning_compress.analysis.inputs import gather, read
 from lightning_compress.analysis.judge import Judge
 from lightning_compress.analysis.outcome import marked
@@ -620,6 +621,17 @@ def test_choosing_by_group_family_and_name() -> None:
     seeds = {seed_of(s, name) for s in range(3) for name in catalogue(Grid())}
     assert len(seeds) == 3 * len(catalogue(Grid()))
     assert techniques_module.STUDENT.format(100 * 0.1) == "student_10percent"
+
+
+def test_bits_per_weight_count_for_those_that_are_left() -> None:
+    every = catalogue(Grid())
+    both = joined("both", [every["pruned_magnitude_0.9"], every["quantized_rate_distortion_3bit"]])
+    assert both.transforms[1].bits == pytest.approx(0.3)  # type: ignore[attr-defined]
+    assert every["quantized_rate_distortion_3bit"].transforms[0].bits == 3  # type: ignore[attr-defined]
+    assert both.parameters == {
+        "pruned_magnitude_0.9": {"amount": 0.9},
+        "quantized_rate_distortion_3bit": {"bits": 3.0},
+    }
 
 
 def test_untrained_students_say_so(net: nn.Module) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from lightning_compress.analysis.outcome import best_row, knee_row
 from lightning_compress.analysis.rows import Row
 from lightning_compress.analysis.techniques import Grid, Technique, catalogue
+from lightning_compress.pruning.sparsify import Prune
+from lightning_compress.quantization.rate_distortion import RateDistortionQuantize
+from lightning_compress.transform import Transform
 
 LIMIT = 0.10  # of the output error, for the parts of a pipeline
 
@@ -88,14 +92,27 @@ def joined(name: str, parts: Sequence[Technique]) -> Technique:
     Returns:
         The technique.
     """
-    instead = [t for part in parts for t in (part.instead or part.transforms)]
+    whole = _shared_bits([t for part in parts for t in part.transforms])
+    instead = _shared_bits([t for part in parts for t in (part.instead or part.transforms)])
     return Technique(
         name,
         "combined",
         {part.name: part.parameters for part in parts},
-        tuple(t for part in parts for t in part.transforms),
-        tuple(instead) if any(part.instead for part in parts) else (),
+        whole,
+        instead if any(part.instead for part in parts) else (),
         student=next((part.student for part in parts if part.student is not None), None),
         runs=any(part.runs for part in parts),
         parts=tuple(parts),
     )
+
+
+def _shared_bits(transforms: Sequence[Transform]) -> tuple[Transform, ...]:
+    """The same; where weights are zeroed first, bits per weight count for those that are left."""
+    left, found = 1.0, []
+    for transform in transforms:
+        if isinstance(transform, Prune) and isinstance(transform.sparsity, float):
+            left *= 1 - transform.sparsity
+        if isinstance(transform, RateDistortionQuantize):
+            transform = replace(transform, bits=transform.bits * left)
+        found.append(transform)
+    return tuple(found)

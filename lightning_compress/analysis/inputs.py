@@ -24,7 +24,7 @@ from lightning_compress.stats.samplers import Sampler, choose_kind, synthesize
 NO_ARCHITECTURE = "no architecture given: pass model="
 BATCH = 64
 CALIBRATION = 256  # inputs that methods look at
-STOCK = 256  # images that are matched to BatchNorm statistics: minutes for a ResNet
+STOCK = 192  # images that are matched to BatchNorm statistics: minutes for a ResNet
 Source = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 
 

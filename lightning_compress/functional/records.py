@@ -138,6 +138,9 @@ class Cursor:
 
     def uint(self) -> int:
         """Inverse of ``uint``."""
+        if self._at < len(self._data) and self._data[self._at] < 128:  # most are short
+            self._at += 1
+            return self._data[self._at - 1]
         value = 0
         for place in range(_LONGEST):
             (digit,) = self.take(1)
