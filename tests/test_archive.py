@@ -291,6 +291,19 @@ def test_any_kind_of_code_is_stored_through_its_arrays() -> None:
     Code.registry[Halves.kind] = Halves
 
 
+@pytest.mark.parametrize("granularity", [lc.PerTensor(), lc.PerChannel(), lc.PerGroup(9)], ids=str)
+@pytest.mark.parametrize("grid", [8, 3, "log2", "e4m3"], ids=str)
+def test_every_grid_is_stored_through_its_integers(grid: Any, granularity: Any) -> None:
+    options = {"bits": grid} if isinstance(grid, int) else {"format": grid}
+    model = compress(trained(Net()).eval(), [lc.Quantize(granularity=granularity, **options)]).model
+    info = save(model, "a.lcz")
+    assert info.stale == {} and {"raw"} < {t.kind for t in info.tensors}
+    fresh = load("a.lcz", into=Net().eval())
+    assert_same(fresh, model)
+    again = save(fresh, "b.lcz")
+    assert (again.file_bytes, again.stale) == (info.file_bytes, {})
+
+
 @pytest.mark.parametrize("spoil", ["value", "negative zero", "shape", "layer"])
 def test_stale_code_is_reported_and_not_used(spoil: str) -> None:
     net = masked(trained(Net()))
