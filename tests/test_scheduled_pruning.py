@@ -186,6 +186,11 @@ class Crash(pl.Callback):
             raise RuntimeError("power cut")
 
 
+def test_a_number_in_the_place_of_the_transform_is_explained() -> None:
+    with pytest.raises(TypeError, match=r"ScheduledPruning\(0\.8\): .* give sparsity=0\.8"):
+        lc.ScheduledPruning(0.8)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("stop", [3, 8, 14])
 def test_resume_at_any_step_equals_the_uninterrupted_run(tmp_path, stop, accumulate):

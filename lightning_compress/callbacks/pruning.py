@@ -109,6 +109,11 @@ class ScheduledPruning(MaskingCallback):
             name=name,
         )
         options = Prune(**prune_options)
+        if transform is not None and not isinstance(transform, Prune):
+            raise TypeError(
+                f"ScheduledPruning({transform!r}): the first argument is a Prune; for a share of zeros give "
+                f"sparsity={transform!r}."
+            )
         if (
             transform is not None and options != Prune()
         ):  # a configuration file gives every option its default
