@@ -1,0 +1,297 @@
+"""A circuit of int8 gates on a grid: what it computes, which gates take part, and what that costs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_compress.cgp.functions import FUNCTIONS, WIRE, Int8, apply
+from lightning_compress.energy import EnergyTable
+
+GENES = 3  # of a gate: two pins and a function
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Gates in columns; gate g stands in column ``g // rows``, and pin ``inputs + g`` is its value.
+
+    Args:
+        inputs: pins 0 to inputs - 1.
+        outputs: how many pins are looked at.
+        rows: gates of a column, >= 1.
+        cols: columns, >= 1.
+        look_back: how many columns to the left a gate may look, and how many of the last the outputs; None: all.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    inputs: int
+    outputs: int
+    rows: int
+    cols: int
+    look_back: int | None = None
+
+    def __post_init__(self) -> None:
+        small = {"inputs": 0, "outputs": 1, "rows": 1, "cols": 1}
+        bad = [
+            f"{name}={getattr(self, name)}" for name, least in small.items() if getattr(self, name) < least
+        ]
+        if bad or (self.look_back is not None and self.look_back < 1):
+            raise ValueError(
+                f"Grid({', '.join(bad) or f'look_back={self.look_back}'}): allowed are inputs >= 0, all others >= 1."
+            )
+
+    @property
+    def gates(self) -> int:
+        """How many there are."""
+        return self.rows * self.cols
+
+    @property
+    def reach(self) -> int:
+        """Columns that can be looked back."""
+        return self.cols if self.look_back is None else min(self.look_back, self.cols)
+
+    @property
+    def genes(self) -> int:
+        """Length of a genome."""
+        return GENES * self.gates + self.outputs
+
+    def legal(self, column: int) -> tuple[int, int, int]:
+        """The pins that a gate of a column may use; the outputs stand in column ``cols``.
+
+        Args:
+            column: 0 to cols.
+
+        Returns:
+            How many inputs (all or none), and the first and the last pin but one of gates.
+        """
+        first = max(0, column - self.reach)
+        inputs = self.inputs if column - self.reach <= 0 else 0
+        return inputs, self.inputs + first * self.rows, self.inputs + column * self.rows
+
+
+@dataclass(frozen=True)
+class CircuitCost:
+    """What a circuit costs; gates that no output needs cost nothing, and wires are no gates.
+
+    Args:
+        energy_pj: of all gates, each once.
+        area_um2: likewise; NaN where an area is unknown.
+        delay: longest path, relative to an addition.
+        depth: gates on the path with the most of them.
+        gate_count: gates.
+    """
+
+    energy_pj: float
+    area_um2: float
+    delay: float
+    depth: int
+    gate_count: int
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """Gates and their connections.
+
+    Args:
+        genome: int32 [3 rows cols + outputs]: of every gate, column by column, the pins of a and b and the id of its
+            function; then the pin of every output.
+        grid: sizes.
+
+    Raises:
+        ValueError: a genome of another length, an unknown function, or a pin that is not allowed there; says where.
+
+    Examples:
+        >>> from lightning_compress.cgp.circuit import Circuit, Grid
+        >>> circuit = Circuit.from_text("{2,1,2,1,2,2,1}([2]0,1,1)([3]2,2,12)(3)")
+        >>> circuit.evaluate([3, 4]).tolist(), circuit.cost().energy_pj
+        ([14], 0.03)
+
+    References:
+        Miller and Thomson, "Cartesian genetic programming", EuroGP 2000.
+    """
+
+    genome: npt.NDArray[np.int32]
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        genes, grid = np.array(self.genome, dtype=np.int32), self.grid
+        if genes.shape != (grid.genes,):
+            raise ValueError(f"a genome of shape {genes.shape}; {grid} needs ({grid.genes},).")
+        object.__setattr__(self, "genome", genes)
+        for g, (a, b, number) in enumerate(self.gates.tolist()):
+            if number not in FUNCTIONS:
+                known = ", ".join(map(str, FUNCTIONS))
+                raise ValueError(f"gate {grid.inputs + g} has function {number}; allowed: {known}.")
+            for pin, used in ((a, FUNCTIONS[number].uses_a), (b, FUNCTIONS[number].uses_b)):
+                if used:
+                    self._check(pin, g // grid.rows, f"gate {grid.inputs + g}")
+        for place, pin in enumerate(self.outputs.tolist()):
+            self._check(pin, grid.cols, f"output {place}")
+
+    def _check(self, pin: int, column: int, where: str) -> None:
+        inputs, first, end = self.grid.legal(column)
+        if not (0 <= pin < inputs or first <= pin < end):
+            named = ([f"0 to {inputs - 1}"] if inputs else []) + (
+                [f"{first} to {end - 1}"] if first < end else []
+            )
+            raise ValueError(f"{where} uses pin {pin}; allowed there: {' and '.join(named) or 'none'}.")
+
+    @property
+    def gates(self) -> npt.NDArray[np.int32]:
+        """[gates, 3]: pin of a, pin of b, function."""
+        return self.genome[: GENES * self.grid.gates].reshape(-1, GENES)
+
+    @property
+    def outputs(self) -> npt.NDArray[np.int32]:
+        """Pins."""
+        return self.genome[GENES * self.grid.gates :]
+
+    def operands(self, gate: int) -> list[int]:
+        """The pins that a gate really uses."""
+        a, b, number = (int(v) for v in self.gates[gate])
+        function = FUNCTIONS[number]
+        return [pin for pin, used in ((a, function.uses_a), (b, function.uses_b)) if used]
+
+    def active(self) -> npt.NDArray[np.bool_]:
+        """Which gates some output needs: reached backwards from the outputs through operands that are used.
+
+        Returns:
+            Bool [gates].
+        """
+        needed = np.zeros(self.grid.inputs + self.grid.gates, dtype=np.bool_)
+        needed[self.outputs] = True
+        for gate in range(self.grid.gates - 1, -1, -1):
+            if needed[self.grid.inputs + gate]:
+                needed[self.operands(gate)] = True
+        return needed[self.grid.inputs :]
+
+    def evaluate(self, x: npt.ArrayLike) -> Int8:
+        """The outputs; one gate after the other, to compare faster ways with.
+
+        Args:
+            x: int8 [..., inputs].
+
+        Returns:
+            int8 [..., outputs].
+
+        Raises:
+            ValueError: another number of inputs, or values outside int8.
+        """
+        given = np.asarray(x)
+        if given.shape[-1:] != (self.grid.inputs,) or (
+            given.size and not -128 <= given.min() <= given.max() <= 127
+        ):
+            raise ValueError(
+                f"inputs of shape {given.shape}; needed are {self.grid.inputs} values from -128 to 127."
+            )
+        pins = np.zeros((*given.shape[:-1], self.grid.inputs + self.grid.gates), dtype=np.int8)
+        pins[..., : self.grid.inputs] = given
+        for gate in np.flatnonzero(self.active()):
+            a, b, number = (int(v) for v in self.gates[gate])
+            function = FUNCTIONS[number]
+            left = pins[..., a if function.uses_a else 0]
+            right = pins[..., b if function.uses_b else 0]
+            pins[..., self.grid.inputs + gate] = apply(number, left, right)
+        return pins[..., self.outputs]
+
+    def cost(self, table: EnergyTable | None = None) -> CircuitCost:
+        """Energy, area, delay, depth and number of the gates that take part.
+
+        Args:
+            table: costs of the functions; None takes the default ones.
+
+        Returns:
+            The costs.
+        """
+        table = table or EnergyTable.default()
+        delay = [0.0] * (self.grid.inputs + self.grid.gates)
+        depth = [0] * len(delay)
+        energy, area, count = 0.0, 0.0, 0
+        for gate in np.flatnonzero(self.active()).tolist():
+            number, before = int(self.gates[gate, 2]), self.operands(gate)
+            operation, pin = table[number], self.grid.inputs + gate
+            counts = number != WIRE
+            delay[pin] = max((delay[p] for p in before), default=0.0) + operation.delay
+            depth[pin] = max((depth[p] for p in before), default=0) + counts
+            energy, area, count = (
+                energy + operation.energy_pj,
+                area + operation.area_um2 * counts,
+                count + counts,
+            )
+        ends = self.outputs.tolist()
+        return CircuitCost(energy, area, max(delay[p] for p in ends), max(depth[p] for p in ends), count)
+
+    def to_text(self) -> str:
+        """One line: ``{inputs,outputs,cols,rows,2,look_back,1}([pin]a,b,function)...(output,...)``."""
+        grid = self.grid
+        head = grid.inputs, grid.outputs, grid.cols, grid.rows, 2, grid.reach, 1
+        gates = (
+            f"([{grid.inputs + g}]{a},{b},{number})" for g, (a, b, number) in enumerate(self.gates.tolist())
+        )
+        return f"{{{','.join(map(str, head))}}}{''.join(gates)}({','.join(map(str, self.outputs.tolist()))})"
+
+    @classmethod
+    def from_text(cls, text: str) -> Circuit:
+        """Inverse of ``to_text``.
+
+        Args:
+            text: one line.
+
+        Returns:
+            The circuit.
+
+        Raises:
+            ValueError: the text is malformed (names the position), or the genome is not allowed.
+        """
+        head, at = _numbers(text, 0, r"\{([^{}]*)\}", "the sizes, {inputs,outputs,cols,rows,2,look_back,1}")
+        if len(head) != 7 or head[4] != 2 or head[6] != 1:
+            raise ValueError(f"sizes {head} at position 0; needed are 7 with 2 operands and 1 data set.")
+        grid = Grid(head[0], head[1], head[3], head[2], head[5])
+        genes: list[int] = []
+        for gate in range(grid.gates):
+            start = at
+            values, at = _numbers(text, at, r"\(\[(\d+\][^()]*)\)", f"gate {grid.inputs + gate}")
+            if len(values) != 1 + GENES or values[0] != grid.inputs + gate:
+                raise ValueError(
+                    f"position {start}: needed is ([{grid.inputs + gate}]a,b,function), given {text[start:at]!r}."
+                )
+            genes += values[1:]
+        start = at
+        pins, at = _numbers(text, at, r"\(([^()\[\]]*)\)", f"the {grid.outputs} outputs")
+        if len(pins) != grid.outputs or text[at:].strip():
+            raise ValueError(
+                f"position {start}: {len(pins)} outputs and {text[at:]!r:.40}; needed are {grid.outputs}."
+            )
+        return cls(np.array([*genes, *pins], dtype=np.int32), grid)
+
+    def lines(self) -> Iterator[tuple[int, int, list[int]]]:
+        """The gates that take part, in order: pin, function, pins of its operands."""
+        for gate in np.flatnonzero(self.active()).tolist():
+            yield self.grid.inputs + gate, int(self.gates[gate, 2]), self.operands(gate)
+
+
+def _numbers(text: str, at: int, pattern: str, what: str) -> tuple[list[int], int]:
+    """Whole numbers in brackets at a position, and the position behind them."""
+    found = re.compile(pattern).match(text, at)
+    if found is None:
+        raise ValueError(f"position {at}: needed is {what}, given {text[at : at + 24]!r}.")
+    try:
+        values = [int(part) for part in re.split(r"[],]", found[1])] if found[1] else []
+    except ValueError:
+        raise ValueError(
+            f"position {at}: {found[0]!r:.60} holds something that is no whole number."
+        ) from None
+    return values, found.end()
+
+
+def pretty(cost: CircuitCost) -> str:
+    """A cost in words, for comments in exported code."""
+    area = "" if math.isnan(cost.area_um2) else f", {cost.area_um2:g} um2"
+    return f"{cost.gate_count} gates, {cost.energy_pj:g} pJ{area}, delay {cost.delay:g} additions, depth {cost.depth}"
