@@ -3,6 +3,8 @@
 import logging
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -22,6 +24,32 @@ for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
 
 hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("reproducible")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """A test marked ``alone`` runs in a process of its own: one whose autograd has worked may not be forked."""
+    if pyfuncitem.get_closest_marker("alone") is None or "ALONE" in os.environ:
+        return None
+    left = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-n",
+            "0",
+            "-p",
+            "no:cacheprovider",
+            f"{pyfuncitem.path}::{pyfuncitem.name}",
+        ],
+        cwd=ROOT,
+        env=left | {"ALONE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return True
 
 
 @pytest.fixture(autouse=True)

@@ -454,6 +454,7 @@ class Witness(DummyLogger):
         (self.folder / f"logged by {torch.distributed.get_rank()}").touch()
 
 
+@pytest.mark.alone
 def test_two_processes_log_once_and_agree(tmp_path, monkeypatch):
     def save(*args: Any, **kwargs: Any) -> Any:
         (tmp_path / f"written by {torch.distributed.get_rank()}").touch()

@@ -1,5 +1,6 @@
 """compress_to reaches what it says: every size is the length of a file that is written here."""
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,9 @@ def test_sizes_are_met_closely_and_to_the_byte(net: nn.Module, transforms: list[
     size = written(result)
     assert result.target_met and len(result.evaluations) <= 20
     assert size <= ratio * dense(net)
-    assert size >= 0.95 * ratio * dense(net) or result.strength == 0  # 16 bits may be less than half
+    milder = [t.reached["file_bytes"] for t in result.evaluations if t.strength < (result.strength or 0)]
+    # 16 bits may be less than half; and one bit less in a layer may be a jump over the last 5 %.
+    assert size >= 0.95 * ratio * dense(net) or min(milder, default=math.inf) > ratio * dense(net)
     assert size == result.reached["file_bytes"] == result.stages[-1].file_bytes
     assert result.reached["size_fraction"] == size / dense(net)
     restored = lc.load("net.lcz", into=__import__("copy").deepcopy(net))

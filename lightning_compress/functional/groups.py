@@ -181,7 +181,7 @@ class Groups:
         Examples:
             >>> scale = torch.tensor([10.0, 20.0])
             >>> [(index, part.tolist()) for index, (part,) in Groups((0,)).pieces((2, 3), scale)]
-            [((slice(0, 2, None),), [[10.0], [20.0]])]
+            [((slice(None, None, None), slice(0, 3, None)), [[10.0], [20.0]])]
         """
         if not shape:
             yield (), [None if v is None else self.expand(v, shape, is_complex) for v in values]
