@@ -1,6 +1,5 @@
 """compress_to reaches what it says: every size is the length of a file that is written here."""
 
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -53,9 +52,11 @@ def test_sizes_are_met_closely_and_to_the_byte(net: nn.Module, transforms: list[
     size = written(result)
     assert result.target_met and len(result.evaluations) <= 20
     assert size <= ratio * dense(net)
-    milder = [t.reached["file_bytes"] for t in result.evaluations if t.strength < (result.strength or 0)]
-    # 16 bits may be less than half; and one bit less in a layer may be a jump over the last 5 %.
-    assert size >= 0.95 * ratio * dense(net) or min(milder, default=math.inf) > ratio * dense(net)
+    # 16 bits may be less than half. And one bit less in the largest layer may jump over the last 5 %: then a setting
+    # that is milder by next to nothing is too large.
+    near = [t for t in result.evaluations if 0 < (result.strength or 0) - t.strength < 0.001]
+    jumps = "quantize" in transforms and any(t.reached["file_bytes"] > ratio * dense(net) for t in near)
+    assert size >= 0.95 * ratio * dense(net) or result.strength == 0 or jumps
     assert size == result.reached["file_bytes"] == result.stages[-1].file_bytes
     assert result.reached["size_fraction"] == size / dense(net)
     restored = lc.load("net.lcz", into=__import__("copy").deepcopy(net))
