@@ -17,9 +17,9 @@ from lightning_compress import codes
 from lightning_compress.codes import Mask, same_bits
 from lightning_compress.functional.groups import real
 from lightning_compress.functional.hashing import hashed
+from lightning_compress.functional.lengths import encoded_bytes
 from lightning_compress.plans import Plan, from_json, to_json
 from lightning_compress.sharing import ShareWeights
-from lightning_compress.sharing.adaptive import encoded_bytes
 from lightning_compress.sharing.build import Entries, Precision, slot_bits
 from lightning_compress.sharing.build import filtered as filtered_code
 from lightning_compress.sharing.codes import Codebook

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +23,11 @@ class Grid:
 
     Args:
         inputs: pins 0 to inputs - 1.
-        outputs: how many pins are looked at.
+        outputs: how many pins are looked at, >= 0.
         rows: gates of a column, >= 1.
         cols: columns, >= 1.
         look_back: how many columns to the left a gate may look, and how many of the last the outputs; None: all.
+        datasets: how many rows of inputs share the gates; multiplexers (functions 27 and 28) know which one it is.
 
     Raises:
         ValueError: a number is out of range.
@@ -36,15 +38,16 @@ class Grid:
     rows: int
     cols: int
     look_back: int | None = None
+    datasets: int = 1
 
     def __post_init__(self) -> None:
-        small = {"inputs": 0, "outputs": 1, "rows": 1, "cols": 1}
+        small = {"inputs": 0, "outputs": 0, "rows": 1, "cols": 1, "datasets": 1}
         bad = [
             f"{name}={getattr(self, name)}" for name, least in small.items() if getattr(self, name) < least
         ]
         if bad or (self.look_back is not None and self.look_back < 1):
             raise ValueError(
-                f"Grid({', '.join(bad) or f'look_back={self.look_back}'}): allowed are inputs >= 0, all others >= 1."
+                f"Grid({', '.join(bad) or f'look_back={self.look_back}'}): allowed are inputs and outputs >= 0, all others >= 1."
             )
 
     @property
@@ -176,21 +179,27 @@ class Circuit:
         """The outputs; one gate after the other, to compare faster ways with.
 
         Args:
-            x: int8 [..., inputs].
+            x: int8 [..., inputs]; with several data sets [..., datasets, inputs].
 
         Returns:
-            int8 [..., outputs].
+            int8 [..., outputs]; with several data sets [..., datasets, outputs].
 
         Raises:
             ValueError: another number of inputs, or values outside int8.
         """
-        given = np.asarray(x)
-        if given.shape[-1:] != (self.grid.inputs,) or (
+        given, sets = np.asarray(x), self.grid.datasets
+        shape = (self.grid.inputs,) if sets == 1 else (sets, self.grid.inputs)
+        if given.shape[-len(shape) :] != shape or (
             given.size and not -128 <= given.min() <= given.max() <= 127
         ):
             raise ValueError(
-                f"inputs of shape {given.shape}; needed are {self.grid.inputs} values from -128 to 127."
+                f"inputs of shape {given.shape}; needed are [..., {', '.join(map(str, shape))}] from -128 to 127."
             )
+        if sets == 1:
+            return self._evaluate(given, 0)
+        return np.stack([self._evaluate(given[..., d, :], d % 2) for d in range(sets)], axis=-2)
+
+    def _evaluate(self, given: npt.NDArray[Any], s: int) -> Int8:
         pins = np.zeros((*given.shape[:-1], self.grid.inputs + self.grid.gates), dtype=np.int8)
         pins[..., : self.grid.inputs] = given
         for gate in np.flatnonzero(self.active()):
@@ -198,7 +207,7 @@ class Circuit:
             function = FUNCTIONS[number]
             left = pins[..., a if function.uses_a else 0]
             right = pins[..., b if function.uses_b else 0]
-            pins[..., self.grid.inputs + gate] = apply(number, left, right)
+            pins[..., self.grid.inputs + gate] = apply(number, left, right, s)
         return pins[..., self.outputs]
 
     def cost(self, table: EnergyTable | None = None) -> CircuitCost:
@@ -226,12 +235,18 @@ class Circuit:
                 count + counts,
             )
         ends = self.outputs.tolist()
-        return CircuitCost(energy, area, max(delay[p] for p in ends), max(depth[p] for p in ends), count)
+        return CircuitCost(
+            energy,
+            area,
+            max((delay[p] for p in ends), default=0.0),
+            max((depth[p] for p in ends), default=0),
+            count,
+        )
 
     def to_text(self) -> str:
-        """One line: ``{inputs,outputs,cols,rows,2,look_back,1}([pin]a,b,function)...(output,...)``."""
+        """One line: ``{inputs,outputs,cols,rows,2,look_back,datasets}([pin]a,b,function)...(output,...)``."""
         grid = self.grid
-        head = grid.inputs, grid.outputs, grid.cols, grid.rows, 2, grid.reach, 1
+        head = grid.inputs, grid.outputs, grid.cols, grid.rows, 2, grid.reach, grid.datasets
         gates = (
             f"([{grid.inputs + g}]{a},{b},{number})" for g, (a, b, number) in enumerate(self.gates.tolist())
         )
@@ -250,10 +265,12 @@ class Circuit:
         Raises:
             ValueError: the text is malformed (names the position), or the genome is not allowed.
         """
-        head, at = _numbers(text, 0, r"\{([^{}]*)\}", "the sizes, {inputs,outputs,cols,rows,2,look_back,1}")
-        if len(head) != 7 or head[4] != 2 or head[6] != 1:
-            raise ValueError(f"sizes {head} at position 0; needed are 7 with 2 operands and 1 data set.")
-        grid = Grid(head[0], head[1], head[3], head[2], head[5])
+        head, at = _numbers(
+            text, 0, r"\{([^{}]*)\}", "the sizes, {inputs,outputs,cols,rows,2,look_back,datasets}"
+        )
+        if len(head) != 7 or head[4] != 2:
+            raise ValueError(f"sizes {head} at position 0; needed are 7, the fifth of them 2 (operands).")
+        grid = Grid(head[0], head[1], head[3], head[2], head[5], head[6])
         genes: list[int] = []
         for gate in range(grid.gates):
             start = at
@@ -270,6 +287,21 @@ class Circuit:
                 f"position {start}: {len(pins)} outputs and {text[at:]!r:.40}; needed are {grid.outputs}."
             )
         return cls(np.array([*genes, *pins], dtype=np.int32), grid)
+
+    def compact(self) -> Circuit:
+        """The same circuit with the gates that take part only, in one row; unused operands are pin 0."""
+        inputs = self.grid.inputs
+        place = {pin: pin for pin in range(inputs)}
+        genes: list[int] = []
+        for pin, number, _ in self.lines():
+            function, (a, b) = FUNCTIONS[number], self.gates[pin - inputs, :2].tolist()
+            genes += [place[a] if function.uses_a else 0, place[b] if function.uses_b else 0, number]
+            place[pin] = len(place)
+        used = max(1, len(place) - inputs)
+        genes += [0, 0, WIRE if inputs else 24] * (used - (len(place) - inputs))
+        outputs = [place[p] for p in self.outputs.tolist()]
+        grid = Grid(inputs, len(outputs), 1, used, None, self.grid.datasets)
+        return Circuit(np.array([*genes, *outputs], dtype=np.int32), grid)
 
     def lines(self) -> Iterator[tuple[int, int, list[int]]]:
         """The gates that take part, in order: pin, function, pins of its operands."""

@@ -25,7 +25,8 @@ def to_python(circuit: Circuit, name: str = "circuit", table: EnergyTable | None
         table: costs for the comment; None takes the default ones.
 
     Returns:
-        Source text of ``wrap`` and of ``name(x)``, which takes a sequence of inputs and returns a list of outputs.
+        Source text of ``wrap`` and of ``name(x)``, which takes a sequence of inputs and returns a list of outputs; a
+        circuit with multiplexers takes the number of the data set modulo 2 as ``name(x, s)``.
 
     Raises:
         ValueError: the name is none.
@@ -49,7 +50,7 @@ def to_python(circuit: Circuit, name: str = "circuit", table: EnergyTable | None
             "    return (v + 128 & 255) - 128",
             "",
             "",
-            f"def {name}(x):",
+            f"def {name}(x{', s' if _selects(circuit) else ''}):",
             f"    # {pretty(circuit.cost(table))}",
             *body,
             f"    return [{outputs}]",
@@ -67,13 +68,15 @@ def to_verilog(circuit: Circuit, name: str = "circuit", table: EnergyTable | Non
         table: costs for the comment; None takes the default ones.
 
     Returns:
-        Source text; inputs ``x0, x1, ...``, outputs ``y0, y1, ...``.
+        Source text; inputs ``x0, x1, ...``, outputs ``y0, y1, ...``; with multiplexers also the input ``s``, the number
+        of the data set modulo 2.
 
     Raises:
         ValueError: the name is none.
     """
     _check(name, ("module", "input", "output", "wire", "assign", "signed"))
-    ports = [f"  input signed [7:0] x{i}" for i in range(circuit.grid.inputs)]
+    ports = ["  input s"] if _selects(circuit) else []
+    ports += [f"  input signed [7:0] x{i}" for i in range(circuit.grid.inputs)]
     ports += [f"  output signed [7:0] y{i}" for i in range(circuit.grid.outputs)]
     body = [
         f"  wire signed [7:0] p{pin} = {_formula(FUNCTIONS[number].verilog, operands, circuit, 'x{}')};"
@@ -89,21 +92,24 @@ def to_testbench(circuit: Circuit, x: npt.ArrayLike, name: str = "circuit") -> s
 
     Args:
         circuit: any.
-        x: int8 [cases, inputs].
+        x: int8 [cases, inputs]; with several data sets [cases, datasets, inputs].
         name: of the module under test.
 
     Returns:
         Source text of module ``{name}_test``; it ends the simulation with an error where an output differs.
     """
-    rows = circuit.evaluate(x)
-    ports = [f".x{i}(x{i})" for i in range(circuit.grid.inputs)]
+    rows, selects = circuit.evaluate(x), _selects(circuit)
+    ports = [".s(s)"] if selects else []
+    ports += [f".x{i}(x{i})" for i in range(circuit.grid.inputs)]
     ports += [f".y{i}(y{i})" for i in range(circuit.grid.outputs)]
-    lines = [f"module {name}_test;", "  integer failed = 0;"]
+    lines = [f"module {name}_test;", "  integer failed = 0;", *(["  reg s;"] if selects else [])]
     lines += [f"  reg signed [7:0] x{i};" for i in range(circuit.grid.inputs)]
     lines += [f"  wire signed [7:0] y{i};" for i in range(circuit.grid.outputs)]
     lines += [f"  {name} under_test ({', '.join(ports)});", "  initial begin"]
-    given = np.atleast_2d(np.asarray(x)).tolist()
-    for values, wanted in zip(given, rows.reshape(len(given), -1).tolist(), strict=True):
+    given = np.asarray(x).reshape(-1, circuit.grid.inputs)
+    wanted_rows = rows.reshape(len(given), circuit.grid.outputs).tolist()
+    for case, (values, wanted) in enumerate(zip(given.tolist(), wanted_rows, strict=True)):
+        lines += [f"    s = {case % circuit.grid.datasets % 2};"] if selects else []
         lines += [f"    x{i} = {_constant(v)};" for i, v in enumerate(values)]
         lines += [
             "    #1;",
@@ -117,6 +123,10 @@ def to_testbench(circuit: Circuit, x: npt.ArrayLike, name: str = "circuit") -> s
         "endmodule",
     ]
     return "\n".join([*lines, ""])
+
+
+def _selects(circuit: Circuit) -> bool:
+    return any(FUNCTIONS[number].selects for _, number, _ in circuit.lines())
 
 
 def _constant(value: int) -> str:

@@ -9,14 +9,16 @@ import numpy.typing as npt
 
 Int8 = npt.NDArray[np.int8]
 WIRE = 100
+SELECTING = (27, 28)
+STANDARD = (*range(27), WIRE)  # all that need no data sets
 
 
 class Function(NamedTuple):
     """One function.
 
     Args:
-        formula: of a and b, in Python, before wrapping.
-        verilog: the same of signed 8-bit wires.
+        formula: of a and b, in Python, before wrapping; s is the number of the data set modulo 2.
+        verilog: the same of signed 8-bit wires; s is one bit.
     """
 
     formula: str
@@ -31,6 +33,11 @@ class Function(NamedTuple):
     def uses_b(self) -> bool:
         """Whether the second operand matters."""
         return "b" in self.formula
+
+    @property
+    def selects(self) -> bool:
+        """Whether the value depends on the data set."""
+        return "s" in self.formula.replace("else", "")
 
 
 def _shift(direction: str, places: int) -> Function:
@@ -70,9 +77,11 @@ FUNCTIONS: dict[int, Function] = {
     24: _same("0", "8'sd0"),
     25: _same("-128", "8'sh80"),
     26: _same("127", "8'sd127"),
+    27: _same("b if s else a", "s ? b : a"),
+    28: _same("0 if s else a", "s ? 8'sd0 : a"),
     WIRE: _same("a"),
 }
-_CALLS = {number: eval(f"lambda a, b: {f.formula}") for number, f in FUNCTIONS.items()}
+_CALLS = {number: eval(f"lambda a, b, s: {f.formula}") for number, f in FUNCTIONS.items()}
 
 
 def wrap(values: Any) -> Int8:
@@ -93,13 +102,14 @@ def wrap(values: Any) -> Int8:
     return (((wide + 128) & 255) - 128).astype(np.int8)
 
 
-def apply(number: int, a: npt.ArrayLike, b: npt.ArrayLike) -> Int8:
+def apply(number: int, a: npt.ArrayLike, b: npt.ArrayLike, s: int = 0) -> Int8:
     """The values of a function; slow and plain, to compare others with.
 
     Args:
         number: id of the function.
         a: int8, first operand.
         b: int8, second operand, of the same shape; unary functions ignore it.
+        s: number of the data set modulo 2.
 
     Returns:
         int8 of that shape.
@@ -115,4 +125,4 @@ def apply(number: int, a: npt.ArrayLike, b: npt.ArrayLike) -> Int8:
     if number not in _CALLS:
         raise ValueError(f"no function {number}; allowed: {', '.join(map(str, FUNCTIONS))}.")
     wide = np.asarray(a, dtype=np.int64), np.asarray(b, dtype=np.int64)
-    return wrap(np.broadcast_to(_CALLS[number](*wide), np.broadcast_shapes(wide[0].shape, wide[1].shape)))
+    return wrap(np.broadcast_to(_CALLS[number](*wide, s), np.broadcast_shapes(wide[0].shape, wide[1].shape)))

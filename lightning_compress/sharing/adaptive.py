@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from lightning_compress.functional.allocate import multiple_choice_knapsack
-from lightning_compress.functional.arrays import CARRIERS, encode_array
 from lightning_compress.functional.groups import real
+from lightning_compress.functional.lengths import encoded_bytes
 from lightning_compress.sharing.build import Entries
 from lightning_compress.sharing.codes import SharedCode
 from lightning_compress.stats import Calibration
@@ -86,27 +85,6 @@ def choose(
     note = f"sensitivity={how} bytes={solved.cost} of {budget} gap={solved.gap:.3g}"
     listed = reasons({key: name for key, (name, _) in taken.items()})
     return {key: code for key, (_, code) in taken.items()}, f"{note};{listed}\n"
-
-
-def encoded_bytes(arrays: Mapping[str, Tensor]) -> int:
-    """Length of the streams of some tensors, each encoded by the best coder.
-
-    Args:
-        arrays: name -> tensor on the CPU.
-
-    Returns:
-        Bytes, without what describes the streams.
-
-    Examples:
-        >>> encoded_bytes({"codes": torch.zeros(10_000, dtype=torch.uint8)}) < 100
-        True
-    """
-    total = 0
-    for name, tensor in arrays.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        words = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().view(CARRIERS[dtype])
-        total += encode_array(name, dtype, tuple(tensor.shape), words, write=len).stored_bytes
-    return total
 
 
 def _options(part: Entries, make: Maker) -> list[Option]:
