@@ -26,7 +26,8 @@ IMPROVED, EVALUATED, INHERITED, STAGNATION, KEPT, CHANGED = range(6)  # of the c
 UNKNOWN = -1  # a delay or depth that nothing has asked for
 _MAX = WIRE + 1
 _DEBRUIJN = 0x03F79D71B4CB0A89
-_ONE = np.uint64(1)
+# Unsigned numbers as indices spare a look whether they count from the end.
+_ONE, _TWO, _THREE, _SIX, _LOW = (np.uint64(v) for v in (1, 2, 3, 6, 63))
 _KEPT_ALWAYS = ("genes", "random", "counters")
 
 
@@ -155,8 +156,7 @@ def gate(f: int, a: int, b: int, s: int) -> int:
 @compiled(inline="always")
 def lowest(bits: Any, places: Array) -> Any:
     """The place of the lowest bit that is set."""
-    low = bits & (~bits + _ONE)
-    return places[np.int64((low * np.uint64(_DEBRUIJN)) >> np.uint64(58))]
+    return places[((bits & (~bits + _ONE)) * np.uint64(_DEBRUIJN)) >> np.uint64(58)]
 
 
 @compiled()
@@ -164,11 +164,11 @@ def walk(
     n: Sizes, genes: Array, uses: Array, energy: Array, counts: Array, places: Array, now: Array, cost: Array
 ) -> None:
     """Which gates take part, what energy they need and how many there are: from the outputs backwards."""
-    shift, first = n.pad + n.inputs, 3 * n.gates
+    shift, first, pad = n.pad + n.inputs, 3 * n.gates, np.uint64(n.pad)
     now[:] = 0
     for o in range(n.outputs):
-        p = genes[first + o] + n.pad
-        now[p >> 6] |= _ONE << np.uint64(p & 63)
+        p = np.uint64(genes[first + o]) + pad
+        now[p >> _SIX] |= _ONE << (p & _LOW)
     total, count = 0, 0
     for w in range(
         len(now) - 1, (shift >> 6) - 1, -1
@@ -178,16 +178,15 @@ def walk(
             bits = now[w] & ~done
             done |= bits
             while bits:
-                g = (w << 6) + lowest(bits, places) - shift
+                at = _THREE * np.uint64((w << 6) + lowest(bits, places) - shift)
                 bits &= bits - _ONE
-                f = genes[3 * g + 2]
+                f = np.uint64(genes[at + _TWO])
+                used = np.uint64(uses[f])
                 total += energy[f]
                 count += counts[f]
-                a, b = genes[3 * g] + n.pad, genes[3 * g + 1] + n.pad
-                now[a >> 6] |= np.uint64(uses[f] & 1) << np.uint64(
-                    a & 63
-                )  # branches would be hard to foresee
-                now[b >> 6] |= np.uint64(uses[f] >> 1) << np.uint64(b & 63)
+                a, b = np.uint64(genes[at]) + pad, np.uint64(genes[at + _ONE]) + pad
+                now[a >> _SIX] |= (used & _ONE) << (a & _LOW)  # branches would be hard to foresee
+                now[b >> _SIX] |= (used >> _ONE) << (b & _LOW)
     cost[ENERGY], cost[GATES] = total, count
 
 
@@ -246,7 +245,7 @@ def summed_error(n: Sizes, genes: Array, values: Array, targets: Array, weights:
     total, first = 0, 3 * n.gates
     for d in range(n.datasets):
         for o in range(n.outputs):
-            gap = np.int64(values[genes[first + o] * n.datasets + d] - targets[d, o])
+            gap = np.int64(values[np.uint64(genes[first + o] * n.datasets + d)] - targets[d, o])
             total += weights[d, o] * (abs(gap) if n.absolute else gap * gap)
     return total
 

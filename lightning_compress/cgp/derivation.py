@@ -1,0 +1,306 @@
+"""Which int8 values to compute from which others, at least cost: a Steiner tree on 256 numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_compress.cgp.functions import FUNCTIONS, WIRE, apply
+from lightning_compress.energy import EnergyTable
+from lightning_compress.functional.compiled import compiled
+
+Array = npt.NDArray[Any]
+LOW = 128  # values are counted from -128, so that they are indices
+NONE = -1
+_NEVER = 1 << 62
+_UNIT = 1 << 12  # a gate costs 1 where energies are compared first
+_GATE = 1 << 50  # and this much where the number of gates is
+
+
+class Operations(NamedTuple):
+    """Functions as tables of values 0 to 255, which stand for -128 to 127."""
+
+    constants: Array  # int64 [n, 2]: value, function
+    unary: Array  # int64 [n, 256]
+    unary_ids: Array  # int64 [n]
+    binary: Array  # int64 [n, 256, 256]
+    binary_ids: Array  # int64 [n]
+
+
+class Derivation(NamedTuple):
+    """How values are computed; index v + 128."""
+
+    function: Array  # int64 [256], -1: not computed
+    a: Array  # int64 [256], the value that it is computed from, -1: none
+    b: Array  # int64 [256], likewise
+    level: Array  # int64 [256], columns to the left of it that are needed, at least; -1: not there
+
+
+@lru_cache(maxsize=8)
+def operations(functions: tuple[int, ...]) -> Operations:
+    """Tables of those functions that do not depend on the data set; wires give nothing new.
+
+    Args:
+        functions: ids.
+
+    Returns:
+        The tables.
+    """
+    values = np.arange(-128, 128)
+    ids = [f for f in functions if not FUNCTIONS[f].selects and f != WIRE]
+    unary = [f for f in ids if FUNCTIONS[f].uses_a and not FUNCTIONS[f].uses_b]
+    binary = [f for f in ids if FUNCTIONS[f].uses_b]
+    constants = [(int(apply(f, 0, 0)) + LOW, f) for f in ids if not FUNCTIONS[f].uses_a]
+    one = [apply(f, values, values).astype(np.int64) + LOW for f in unary]
+    two = [apply(f, values[:, None], values[None]).astype(np.int64) + LOW for f in binary]
+    return Operations(
+        np.array(constants, np.int64).reshape(-1, 2),
+        np.array(one, np.int64).reshape(-1, 256),
+        np.array(unary, np.int64),
+        np.array(two, np.int64).reshape(-1, 256, 256),
+        np.array(binary, np.int64),
+    )
+
+
+def derive(
+    there: Array,
+    wanted: Array,
+    functions: Sequence[int],
+    table: EnergyTable,
+    *,
+    levels: int,
+    gates_first: bool = False,
+    plain: bool = False,
+) -> Derivation:
+    """Compute some values from others, with little energy in all.
+
+    Step by step the derivation is chosen that gives most wanted values for its cost; values that only wiring separates
+    from it count as given. All 256 values from 0 need 63 operations that cost something, which is the minimum: so many
+    values neither are there nor come out of a free operation on another value.
+
+    Args:
+        there: bool [256], which values v are there: index v + 128.
+        wanted: bool [256], which ones are needed.
+        functions: ids that may be used.
+        table: costs.
+        levels: longest chain of operations, >= 1.
+        gates_first: the number of operations is to be small; energies decide among equals.
+        plain: add the cheapest value that one operation gives, needed or not, until all needed ones are there.
+
+    Returns:
+        The derivation; wanted values that cannot be had have level -1. Nothing is in it that no wanted value needs.
+
+    Examples:
+        >>> import numpy as np
+        >>> from lightning_compress.cgp.derivation import derive
+        >>> from lightning_compress.energy import EnergyTable
+        >>> three, twelve = (np.arange(-128, 128) == v for v in (3, 12))
+        >>> derivation = derive(three, twelve, range(27), EnergyTable.default(), levels=4)
+        >>> int(derivation.function[12 + 128]), int(derivation.a[12 + 128]) - 128  # 12 = 3 << 2
+        (18, 3)
+
+    References:
+        Voronenko and Püschel, "Multiplierless multiple constant multiplication", ACM TALG 2007; Charikar et al.,
+        "Approximation algorithms for directed Steiner problems", 1999 (the choice by density).
+    """
+    ops = operations(tuple(sorted(set(functions))))
+    costs = [
+        np.array([_cost(table, int(f), gates_first) for f in ids], np.int64)
+        for ids in (ops.constants[:, 1], ops.unary_ids, ops.binary_ids)
+    ]
+    near = _near(ops.unary, costs[1] < _UNIT)
+    function, a, b, level = _search(
+        there, wanted, near, ops.constants, ops.unary, ops.binary, *costs, levels, plain
+    )
+    ids = np.concatenate([ops.constants[:, 1], ops.unary_ids, ops.binary_ids, [NONE]])
+    return Derivation(ids[function], a, b, level)
+
+
+def _cost(table: EnergyTable, number: int, gates_first: bool) -> int:
+    energy = round(min(table[number].energy_pj, 1e6) * 1e6)
+    return energy + _GATE if gates_first else energy * _UNIT + 1
+
+
+def _near(unary: Array, free: Array) -> Array:
+    """Bool [256, 256]: which values free operations make of a value, itself among them."""
+    reached = np.eye(256, dtype=np.float32)
+    for row in unary[free]:
+        reached[np.arange(256), row] = 1
+    for _ in range(8):  # 2^8 operations
+        following = np.minimum(reached @ reached, 1)
+        if (following == reached).all():
+            break
+        reached = following
+    return reached > 0
+
+
+@compiled()
+def _search(
+    there: Array,
+    wanted: Array,
+    near: Array,
+    constants: Array,
+    unary: Array,
+    binary: Array,
+    constant_costs: Array,
+    unary_costs: Array,
+    binary_costs: Array,
+    levels: int,
+    plain: bool,
+) -> tuple[Array, Array, Array, Array]:
+    """The loop of ``derive``; functions are numbered as in the tables: constants, unary, binary."""
+    have = there.copy()
+    level = np.where(there, 0, -1)
+    made = np.full((3, 256), -1, np.int64)  # function, a, b
+    by = np.full((3, 256), -1, np.int64)  # likewise, of the cheapest derivation
+    # of two values that are there: cost and level of the cheapest operation, and itself
+    pair_cost, pair_level = np.full(256, _NEVER), np.full(256, _NEVER)
+    pair = np.full((3, 256), -1, np.int64)
+    cost, depth = np.empty(256, np.int64), np.empty(256, np.int64)
+    stack, order, count = np.empty(1024, np.int64), np.empty(256, np.int64), 0
+    least = _NEVER  # cost of an operation
+    for costs in (constant_costs, unary_costs, binary_costs):
+        for c in costs:
+            least = min(least, c)
+    cheapest_pair = _NEVER
+    for c in binary_costs:
+        cheapest_pair = min(cheapest_pair, c)
+    first_unary, first_binary = len(constants), len(constants) + len(unary)
+    for v in range(256):
+        if have[v]:
+            _pairs(v, have, level, binary, binary_costs, first_binary, pair_cost, pair_level, pair)
+    while True:
+        left, most = 0, 0
+        for v in range(256):
+            left += wanted[v] and not have[v]
+        if not left:
+            break
+        goal = wanted & ~have
+        for v in range(0 if plain else 256):
+            gain = 0
+            for x in range(256):
+                gain += near[v, x] and goal[x]
+            most = max(most, gain)
+        deep = False
+        while True:
+            # Knuth's generalization of Dijkstra's search; the first round takes pairs of values that are there only.
+            for v in range(256):
+                cost[v], depth[v] = (0, level[v]) if have[v] else (pair_cost[v], pair_level[v])
+                by[0, v], by[1, v], by[2, v] = pair[0, v], pair[1, v], pair[2, v]
+            for k in range(len(constants)):
+                v = constants[k, 0]
+                if (constant_costs[k], 1) < (cost[v], depth[v]):
+                    cost[v], depth[v] = constant_costs[k], 1
+                    by[0, v], by[1, v], by[2, v] = k, -1, -1
+            settled = np.zeros(256, np.bool_)
+            choice, best, nearest = -1, 0.0, _NEVER
+            while True:
+                u = -1
+                for v in range(256):
+                    if (
+                        not settled[v]
+                        and depth[v] <= levels
+                        and (u < 0 or (cost[v], depth[v]) < (cost[u], depth[u]))
+                    ):
+                        u = v
+                if u < 0 or cost[u] >= _NEVER or (not plain and most / max(cost[u], 1) < best):
+                    break
+                settled[u] = True
+                if not have[u]:
+                    if plain:
+                        choice = u
+                        break
+                    if goal[u]:
+                        nearest = min(nearest, cost[u])
+                    gain = 0
+                    for x in range(256):
+                        gain += near[u, x] and goal[x]
+                    if gain / cost[u] > best:
+                        choice, best = u, gain / cost[u]
+                for k in range(len(unary)):
+                    w, c = unary[k, u], cost[u] + unary_costs[k]
+                    if not settled[w] and (c, depth[u] + 1) < (cost[w], depth[w]):
+                        cost[w], depth[w] = c, depth[u] + 1
+                        by[0, w], by[1, w], by[2, w] = first_unary + k, u, -1
+                if deep:
+                    for v in range(256):
+                        if not settled[v] or (have[v] and have[u]):
+                            continue
+                        for k in range(2 * len(binary)):
+                            a, b = (u, v) if k & 1 else (v, u)
+                            w = binary[k >> 1, a, b]
+                            c, d = cost[a] + cost[b] + binary_costs[k >> 1], max(depth[a], depth[b]) + 1
+                            if not settled[w] and (c, d) < (cost[w], depth[w]):
+                                cost[w], depth[w] = c, d
+                                by[0, w], by[1, w], by[2, w] = first_binary + (k >> 1), a, b
+            # Two values of which one is not there cost at least this much.
+            if deep or plain or not len(binary) or nearest <= cheapest_pair + least:
+                break
+            deep = True
+        if choice < 0:
+            break
+        top = 1
+        stack[0] = choice
+        while top:
+            w = stack[top - 1]
+            a, b = by[1, w], by[2, w]
+            if have[w]:
+                top -= 1
+            elif a >= 0 and not have[a]:
+                stack[top] = a
+                top += 1
+            elif b >= 0 and not have[b]:
+                stack[top] = b
+                top += 1
+            else:
+                top -= 1
+                have[w] = True
+                above = 0
+                if a >= 0:
+                    above = level[a]
+                if b >= 0:
+                    above = max(above, level[b])
+                level[w] = above + 1
+                made[0, w], made[1, w], made[2, w] = by[0, w], a, b
+                order[count] = w
+                count += 1
+                _pairs(w, have, level, binary, binary_costs, first_binary, pair_cost, pair_level, pair)
+    needed = wanted.copy()
+    for i in range(count - 1, -1, -1):
+        w = order[i]
+        if needed[w]:
+            for part in (1, 2):
+                if made[part, w] >= 0:
+                    needed[made[part, w]] = True
+        else:
+            level[w] = -1
+            made[0, w], made[1, w], made[2, w] = -1, -1, -1
+    return made[0], made[1], made[2], level
+
+
+@compiled()
+def _pairs(
+    x: int,
+    have: Array,
+    level: Array,
+    binary: Array,
+    costs: Array,
+    first: int,
+    pair_cost: Array,
+    pair_level: Array,
+    pair: Array,
+) -> None:
+    """What a value that has just come gives together with those that are there."""
+    for v in range(256):
+        if not have[v]:
+            continue
+        for k in range(2 * len(binary)):
+            a, b = (x, v) if k & 1 else (v, x)
+            w, d = binary[k >> 1, a, b], max(level[a], level[b]) + 1
+            if (costs[k >> 1], d) < (pair_cost[w], pair_level[w]):
+                pair_cost[w], pair_level[w] = costs[k >> 1], d
+                pair[0, w], pair[1, w], pair[2, w] = first + (k >> 1), a, b
