@@ -1,7 +1,7 @@
 """MobileNetV2: circuits that compute the int8 weights of a convolution from its first 96; one layer, or all 52.
 
-    python recipes/mobilenetv2_cgp.py --layer features.1.conv.1 features.18.0 --thresholds 1
-    python recipes/mobilenetv2_cgp.py --all --jobs 2 --folder outputs/mobilenetv2
+    python recipes/mobilenetv2_cgp.py --layer features.1.conv.1 features.18.0
+    python recipes/mobilenetv2_cgp.py --all --jobs 2
 
 Not measured yet.
 """
@@ -9,74 +9,129 @@ Not measured yet.
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lenet5_cgp import computed, stored
 from torch import nn
 
 import lightning_compress as lc
-from lightning_compress import cgp, codes
-from lightning_compress.archive import size_of
+from lightning_compress import cgp
 from lightning_compress.cgp import campaign, presets
-from lightning_compress.cgp.codes import CircuitCode
-from lightning_compress.cgp.integers import all_int8, find_int8
+from lightning_compress.cgp.experiments import Experiment
 from lightning_compress.checkpoints import load_weights
+from lightning_compress.energy import EnergyTable
 from lightning_compress.tables import text
 
-HEADER = ["layer", "weights", "threshold", "RMS error", "gates", "pJ", "inputs read, pJ", "all read, pJ", "seconds"]
+HEADER = [
+    "layer",
+    "weights",
+    "threshold",
+    "RMS error",
+    "gates",
+    "circuit pJ",
+    "inputs pJ",
+    "weights pJ",
+    "best after s",
+]
+SIZES = ["threshold", "layers", "bytes as int8", "bytes as circuits"]
 
 
 def network(options: argparse.Namespace) -> nn.Module:
     """MobileNetV2 with int8 weights."""
     from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
 
-    given = options.random or options.checkpoint
     torch.manual_seed(options.seed)
-    net = mobilenet_v2(weights=None if given else MobileNet_V2_Weights.DEFAULT)
+    download = not (options.random or options.checkpoint)
+    net = mobilenet_v2(weights=MobileNet_V2_Weights.DEFAULT if download else None)
     if options.checkpoint:
         load_weights(net, options.checkpoint)
     granularity = lc.PerTensor() if options.granularity == "per_tensor" else lc.PerChannel()
     return lc.compress(net.eval(), [lc.Quantize(8, granularity=granularity, calibrator="minmax")]).model
 
 
-def convolutions(net: nn.Module) -> list[str]:
-    """Names, in the order of the model."""
-    return [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d)]
+def best(folder: campaign.Folder) -> tuple[cgp.Circuit, dict[str, str]]:
+    """The circuit of the best run that has finished, and its last row of statistics."""
+    runs = [run for run in folder.config.numbers if folder.chromosome(run).exists()]
+    if not runs:
+        raise SystemExit(f"{folder.path}: no run has finished; start this again to go on.")
+    rows = {run: campaign.read_rows(folder.statistics(run))[-1] for run in runs}
+    limit = folder.experiment.settings.limit(folder.experiment.problem.weights)
+
+    def rank(run: int) -> tuple[float, ...]:
+        error, energy = int(rows[run]["error"]), int(rows[run]["quantized_energy"])
+        return (0, energy, error) if error <= limit else (1, error, energy)
+
+    run = min(runs, key=rank)
+    return cgp.Circuit.from_text(folder.chromosome(run).read_text(encoding="utf-8")), rows[run]
 
 
-def row(experiment: cgp.Experiment, best: cgp.Solution, rms: float, seconds: float) -> list[Any]:
-    """Of the table."""
-    problem, price = experiment.problem, experiment.settings.table.sram_pj_per_byte
-    cost = best.cost
-    return [
-        experiment.places[0].key.removesuffix(".weight"),
-        problem.weights,
-        experiment.settings.error_threshold,
-        rms,
-        cost.gate_count,
-        cost.energy_pj,
-        problem.loaded * price,
-        problem.weights * price,
-        seconds,
-    ]
-
-
-def one_by_one(experiments: Sequence[cgp.Experiment], options: argparse.Namespace) -> list[list[Any]]:
-    """Evolve here and now."""
-    rows = []
+def report(net: nn.Module, experiments: Sequence[Experiment], folder: Path) -> None:
+    """What the best runs found, and the bytes of files with integers and with circuits."""
+    rows: list[list[Any]] = []
+    models: dict[float, tuple[nn.Module, set[str]]] = {}
+    price = EnergyTable.default().sram_pj_per_byte
     for experiment in experiments:
-        start = time.monotonic()
-        result = cgp.evolve(experiment.problem, experiment.settings, callback=until(start + options.seconds))
-        rows.append(row(experiment, result.best, result.rms, time.monotonic() - start))
-        print(text(HEADER, rows[-1:]), flush=True)
-    return rows
+        circuit, last = best(campaign.Folder.open(folder / experiment.name))
+        key, threshold = experiment.places[0].key, experiment.settings.error_threshold
+        loaded, weights = experiment.problem.loaded, experiment.problem.weights
+        rms = math.sqrt(int(last["error"]) / weights)
+        found = [rms, int(last["gate_count"]), float(last["energy"]), loaded * price, weights * price]
+        rows.append([key.removesuffix(".weight"), weights, threshold, *found, float(last["timestamp"])])
+        model, keys = models.get(threshold, (net, set()))
+        models[threshold] = computed(model, experiment, circuit), keys | {key}
+    print(text(HEADER, rows))
+    sizes = [
+        [threshold, len(keys), stored(net, keys, folder / "int8.lcz")]
+        + [stored(model, keys, folder / f"mobilenetv2_t{threshold:g}.lcz")]
+        for threshold, (model, keys) in models.items()
+    ]
+    print(text(SIZES, sizes))
 
 
-def until(end: float) -> Callable[[cgp.Evolution], bool]:
-    """Stops an evolution at a time of the clock."""
-    return lambda evolution: time.monotonic() >= end
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--checkpoint", help="weights of torchvision's mobilenet_v2; left out, downloaded")
+    parser.add_argument("--random", action="store_true", help="random weights instead")
+    parser.add_argument("--granularity", default="per_channel", choices=["per_tensor", "per_channel"])
+    parser.add_argument("--layer", nargs="+", default=["features.1.conv.1"], help="convolutions, by name")
+    parser.add_argument("--all", action="store_true", help="every convolution")
+    parser.add_argument("--inputs", type=int, default=96, help="weights of a layer that are read")
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[1.0], help="RMS errors in int8 steps")
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--cols", type=int, default=31)
+    parser.add_argument("--offspring", type=int, default=8)
+    parser.add_argument("--mutation", type=float, default=0.01)
+    parser.add_argument("--patience", type=int, default=2000)
+    parser.add_argument("--generations", type=int)
+    parser.add_argument("--seed-circuit", default="adder", choices=["adder", "random"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--runs", type=int, default=1, help="of each layer and threshold; the best one counts"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="processes, one for each run")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/mobilenetv2_cgp"))
+    options = parser.parse_args(argv)
+    names = ("rows", "cols", "offspring", "mutation", "patience", "generations", "seed_circuit", "seed")
+    net = network(options)
+    experiments = presets.mobilenet(
+        net,
+        layers=None if options.all else options.layer,
+        count=options.inputs,
+        thresholds=options.thresholds,
+        settings=cgp.Settings(**{name: getattr(options, name) for name in names}),
+        runs=options.runs,
+    )
+    folders, start = campaign.plan(experiments, options.folder), time.perf_counter()
+    outcomes = campaign.run(folders, jobs=options.jobs)  # those that have finished are kept
+    worked = sum(outcome.status == "finished" for outcome in outcomes)
+    print(f"{worked} runs in {time.perf_counter() - start:.1f} s, {len(outcomes) - worked} not run again")
+    report(net, experiments, options.folder)
+
+
+if __name__ == "__main__":
+    main()

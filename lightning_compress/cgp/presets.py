@@ -235,7 +235,7 @@ def single_filter(
         The experiments; their names end in the numbers of filter and input channel.
 
     Raises:
-        ValueError: a layer is unknown, has no int8 weights, no kernels larger than the core, or there are fewer kernels.
+        ValueError: a layer is unknown, has no int8 weights or no kernels larger than the core, or there are fewer.
 
     Examples:
         >>> from lightning_compress.cgp.presets import single_filter

@@ -71,10 +71,11 @@ class EvolveWeights(Transform):
         ValueError: an option outside its range.
 
     Examples:
+        >>> from lightning_compress import codes
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
         >>> evolve = EvolveWeights("constants", rows=16, generations=10, include="0")
         >>> evolved = compress(net, [Quantize(8), evolve]).model
-        >>> code = lightning_compress.codes.read(evolved[0], "weight")
+        >>> code = codes.read(evolved[0], "weight")
         >>> code.kind, torch.equal(evolved[0].weight, compress(net, [Quantize(8)]).model[0].weight)
         ('circuit', True)
 

@@ -23,5 +23,6 @@ def write_gates(folder: Folder) -> None:
     for file in files:
         circuit = Circuit.from_text(file.read_text(encoding="utf-8"))
         counts.update(circuit.gates[circuit.active(), 2].tolist())
-    rows = (f"{number},{FUNCTIONS[number].formula},{counts[number]}\n" for number in sorted(FUNCTIONS))
+    table = folder.experiment.settings.table
+    rows = (f"{number},{table[number].name},{counts[number]}\n" for number in sorted(FUNCTIONS))
     write(folder.gate_statistics, "function,name,count\n" + "".join(rows))

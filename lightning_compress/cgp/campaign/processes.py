@@ -31,7 +31,7 @@ class Processes(Executor):
         fork = "forkserver" in multiprocessing.get_all_start_methods()
         self._context: Any = multiprocessing.get_context("forkserver" if fork else "spawn")
         if fork:
-            multiprocessing.set_forkserver_preload([f"{__package__}.single"])
+            multiprocessing.set_forkserver_preload([f"{__package__}.single", "numba"])
         self._threads = ThreadPoolExecutor(jobs)
         self._alive: set[BaseProcess] = set()
 
