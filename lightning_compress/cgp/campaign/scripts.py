@@ -26,7 +26,7 @@ _BODY = "\nset -euo pipefail\nexport OMP_NUM_THREADS=1\n{command}\n"
 _SCRATCH = (
     '\nset -euo pipefail\nexport OMP_NUM_THREADS=1 TMPDIR="${SCRATCHDIR:-${TMPDIR:-/tmp}}"\n{command}\n'
 )
-_PLACE = re.compile(r"\{\{|\}\}|(?<!\$)\{(\w+)\}")
+_PLACE = re.compile(r"(?<!\$)\{(\w+)\}")
 _TIME = re.compile(r"\d+:[0-5]\d:[0-5]\d")
 _BYTES = re.compile(r"(\d+)\s*([kmgt])i?b?", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -56,8 +56,8 @@ def script(
         memory: of a job, such as "4gb".
         scratch: on the disk of the node, for temporary files; None asks for none. PBS has no name for it that all
             clusters share: the script says ``scratch_local``; give a template where it is called otherwise.
-        template: another script, with {name}, {time}, {cpus}, {mem}, {scratch} and {command} where these go. Braces are
-            doubled where a word between them is no placeholder; shell variables ``${LIKE_THIS}`` are left alone.
+        template: another script, with {name}, {time}, {cpus}, {mem}, {scratch} and {command} where these go. Shell
+            variables ``${LIKE_THIS}`` are left alone, and so are braces around anything but one word.
 
     Returns:
         The scripts, one for each folder.
@@ -165,7 +165,7 @@ def _bytes(text: str) -> tuple[str, str]:
 
 def _check(template: str, values: dict[str, str | None]) -> None:
     """ValueError if something asked for would not be in the script, or something in it was not asked for."""
-    used = {match[1] for match in _PLACE.finditer(template) if match[1]}
+    used = set(_PLACE.findall(template))
     unknown = sorted(used - set(values))
     unasked = sorted(name for name in used & set(values) if values[name] is None)
     lacking = [name for name, value in values.items() if value is not None and name not in used]
@@ -177,4 +177,4 @@ def _check(template: str, values: dict[str, str | None]) -> None:
 
 
 def _filled(template: str, values: dict[str, str | None]) -> str:
-    return _PLACE.sub(lambda m: str(values[m[1]]) if m[1] else m[0][0], template)
+    return _PLACE.sub(lambda match: str(values[match[1]]), template)
