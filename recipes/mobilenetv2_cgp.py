@@ -70,6 +70,12 @@ def best(folder: campaign.Folder) -> tuple[cgp.Circuit, dict[str, str]]:
     return cgp.Circuit.from_text(folder.chromosome(run).read_text(encoding="utf-8")), rows[run]
 
 
+def rms(problem: cgp.Problem, circuit: cgp.Circuit) -> float:
+    """Root mean square error of all weights, in int8 steps."""
+    (wanted,), (found,) = (problem.decode(x) for x in (problem.targets, problem.outputs(circuit)))
+    return math.sqrt(((wanted.astype(int) - found) ** 2).mean())
+
+
 def report(net: nn.Module, experiments: Sequence[Experiment], folder: Path) -> None:
     """What the best runs found, and the bytes of files with integers and with circuits."""
     rows: list[list[Any]] = []
@@ -79,17 +85,21 @@ def report(net: nn.Module, experiments: Sequence[Experiment], folder: Path) -> N
         circuit, last = best(campaign.Folder.open(folder / experiment.name))
         key, threshold = experiment.places[0].key, experiment.settings.error_threshold
         loaded, weights = experiment.problem.loaded, experiment.problem.weights
-        rms = math.sqrt(int(last["error"]) / weights)
-        found = [rms, int(last["gate_count"]), float(last["energy"]), loaded * price, weights * price]
+        found = [
+            rms(experiment.problem, circuit),
+            int(last["gate_count"]),
+            float(last["energy"]),
+            loaded * price,
+            weights * price,
+        ]
         rows.append([key.removesuffix(".weight"), weights, threshold, *found, float(last["timestamp"])])
         model, keys = models.get(threshold, (net, set()))
         models[threshold] = computed(model, experiment, circuit), keys | {key}
     print(text(HEADER, rows))
-    sizes = [
-        [threshold, len(keys), stored(net, keys, folder / "int8.lcz")]
-        + [stored(model, keys, folder / f"mobilenetv2_t{threshold:g}.lcz")]
-        for threshold, (model, keys) in models.items()
-    ]
+    sizes = []
+    for threshold, (model, keys) in models.items():
+        files = (net, folder / "int8.lcz"), (model, folder / f"mobilenetv2_t{threshold:g}.lcz")
+        sizes.append([threshold, len(keys), *(stored(which, keys, file) for which, file in files)])
     print(text(SIZES, sizes))
 
 

@@ -14,7 +14,10 @@ import numpy.typing as npt
 from lightning_compress.cgp.functions import FUNCTIONS, WIRE, Int8, apply
 from lightning_compress.energy import EnergyTable
 
+Ints = npt.NDArray[np.int64]
 GENES = 3  # of a gate: two pins and a function
+_USES_A = {number for number, function in FUNCTIONS.items() if function.uses_a}
+_USES_B = {number for number, function in FUNCTIONS.items() if function.uses_b}
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Grid:
         ]
         if bad or (self.look_back is not None and self.look_back < 1):
             raise ValueError(
-                f"Grid({', '.join(bad) or f'look_back={self.look_back}'}): allowed are inputs and outputs >= 0, all others >= 1."
+                f"Grid({', '.join(bad) or f'look_back={self.look_back}'}): allowed are inputs and outputs >= 0, all "
+                "others >= 1."
             )
 
     @property
@@ -77,6 +81,10 @@ class Grid:
         first = max(0, column - self.reach)
         inputs = self.inputs if column - self.reach <= 0 else 0
         return inputs, self.inputs + first * self.rows, self.inputs + column * self.rows
+
+    def legal_pins(self) -> Ints:
+        """What ``legal`` says of all columns, int64 [cols + 1, 3]."""
+        return np.array([self.legal(column) for column in range(self.cols + 1)], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -128,23 +136,36 @@ class Circuit:
         if genes.shape != (grid.genes,):
             raise ValueError(f"a genome of shape {genes.shape}; {grid} needs ({grid.genes},).")
         object.__setattr__(self, "genome", genes)
-        for g, (a, b, number) in enumerate(self.gates.tolist()):
-            if number not in FUNCTIONS:
-                known = ", ".join(map(str, FUNCTIONS))
-                raise ValueError(f"gate {grid.inputs + g} has function {number}; allowed: {known}.")
-            for pin, used in ((a, FUNCTIONS[number].uses_a), (b, FUNCTIONS[number].uses_b)):
-                if used:
-                    self._check(pin, g // grid.rows, f"gate {grid.inputs + g}")
-        for place, pin in enumerate(self.outputs.tolist()):
-            self._check(pin, grid.cols, f"output {place}")
-
-    def _check(self, pin: int, column: int, where: str) -> None:
-        inputs, first, end = self.grid.legal(column)
-        if not (0 <= pin < inputs or first <= pin < end):
-            named = ([f"0 to {inputs - 1}"] if inputs else []) + (
-                [f"{first} to {end - 1}"] if first < end else []
+        numbers = self.gates[:, 2]
+        unknown = np.flatnonzero(~np.isin(numbers, list(FUNCTIONS)))
+        if len(unknown):
+            raise ValueError(
+                f"gate {grid.inputs + unknown[0]} has function {numbers[unknown[0]]}; allowed: "
+                f"{', '.join(map(str, FUNCTIONS))}."
             )
-            raise ValueError(f"{where} uses pin {pin}; allowed there: {' and '.join(named) or 'none'}.")
+        column, gate = np.arange(grid.gates) // grid.rows, grid.inputs + np.arange(grid.gates)
+        for part, used in ((0, _USES_A), (1, _USES_B)):
+            at, pins = np.isin(numbers, list(used)), self.gates[:, part]
+            self._check(pins[at], column[at], "gate", gate[at])
+            self._check(pins[~at], None, "gate", gate[~at])
+        self._check(self.outputs, np.full(grid.outputs, grid.cols), "output", np.arange(grid.outputs))
+
+    def _check(self, pins: npt.NDArray[Any], column: npt.NDArray[Any] | None, what: str, which: Ints) -> None:
+        """Pins that are read must be legal in their columns; others (without columns) must exist."""
+        if column is None:
+            inputs = first = np.zeros(len(pins), dtype=np.int64)
+            end = first + self.grid.inputs + self.grid.gates
+        else:
+            inputs, first, end = self.grid.legal_pins()[column].T
+        bad = np.flatnonzero(~(((pins >= 0) & (pins < inputs)) | ((first <= pins) & (pins < end))))
+        if len(bad):
+            i = bad[0]
+            named = [
+                f"{low} to {high - 1}" for low, high in ((0, inputs[i]), (first[i], end[i])) if low < high
+            ]
+            raise ValueError(
+                f"{what} {which[i]} uses pin {pins[i]}; allowed there: {' and '.join(named) or 'none'}."
+            )
 
     @property
     def gates(self) -> npt.NDArray[np.int32]:
@@ -168,12 +189,16 @@ class Circuit:
         Returns:
             Bool [gates].
         """
-        needed = np.zeros(self.grid.inputs + self.grid.gates, dtype=np.bool_)
-        needed[self.outputs] = True
-        for gate in range(self.grid.gates - 1, -1, -1):
-            if needed[self.grid.inputs + gate]:
-                needed[self.operands(gate)] = True
-        return needed[self.grid.inputs :]
+        inputs, gates = self.grid.inputs, self.gates.tolist()
+        needed = [False] * (inputs + len(gates))
+        for pin in self.outputs.tolist():
+            needed[pin] = True
+        for gate in range(len(gates) - 1, -1, -1):
+            if needed[inputs + gate]:
+                a, b, number = gates[gate]
+                needed[a] |= number in _USES_A
+                needed[b] |= number in _USES_B
+        return np.array(needed[inputs:], dtype=np.bool_)
 
     def evaluate(self, x: npt.ArrayLike) -> Int8:
         """The outputs; one gate after the other, to compare faster ways with.

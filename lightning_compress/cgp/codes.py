@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_compress.cgp.circuit import GENES, Circuit, CircuitCost, Grid
 from lightning_compress.cgp.functions import FUNCTIONS, WIRE, Int8
 from lightning_compress.cgp.integers import tensors_of, widened
+from lightning_compress.cgp.ordering import in_runs, needed, origin, uses
 from lightning_compress.cgp.problem import Ints, Problem
 from lightning_compress.codes import Code
 from lightning_compress.energy import EnergyTable
@@ -31,7 +32,7 @@ class CircuitCode(Code):
 
     Args:
         base: what makes weights of integers: their scales.
-        inputs: int8 [inputs], what the circuit computes from.
+        inputs: bool [256], which of -128 to 127 the circuit computes from; they are its pins in this order.
         functions: uint8 [gates], their ids; wires are none.
         a: how many pins before its own every gate finds its first operand, of those that have one: uint8, int16 or
             int32.
@@ -67,20 +68,23 @@ class CircuitCode(Code):
     stage: ClassVar[str] = "grid"
 
     def __post_init__(self) -> None:
-        wanted = {"inputs": (torch.int8,), "functions": (torch.uint8,), "taken": (torch.bool,)}
-        for name, kinds in (wanted | {"a": _DISTANCES, "b": _DISTANCES}).items():
+        wanted = {"functions": (torch.uint8,), "a": _DISTANCES, "b": _DISTANCES}
+        for name, kinds in {"inputs": (torch.bool,), "taken": (torch.bool,), **wanted}.items():
             array = getattr(self, name)
             if not isinstance(array, Tensor) or array.dtype not in kinds or array.dim() != 1:
                 what = f"{array.dtype} {tuple(array.shape)}" if isinstance(array, Tensor) else repr(array)
                 raise ValueError(f"{name} is {what:.60}; allowed: {', '.join(map(str, kinds))} of one axis.")
-        pins = len(self.inputs) + len(self.functions)
-        if len(self.inputs) < 1 or len(self.taken) != pins:
+        count = int(self.inputs.sum())
+        if len(self.inputs) != 256 or not count or len(self.taken) != count + len(self.functions):
             raise ValueError(
-                f"{len(self.inputs)} inputs, {len(self.functions)} gates and {len(self.taken)} pins that may be taken: "
-                "needed are an input, and as many pins as inputs and gates."
+                f"{count} inputs of {len(self.inputs)} values, {len(self.functions)} gates and {len(self.taken)} pins "
+                "that may be taken: needed are an input, 256 values, and as many pins as inputs and gates."
             )
-        if type(self.loaded) is not int or not 0 <= self.loaded <= len(self.inputs):
-            raise ValueError(f"loaded={self.loaded!r}: allowed is 0 to {len(self.inputs)}, the inputs.")
+        unknown = set(self.functions.tolist()) - set(FUNCTIONS)
+        if unknown:
+            raise ValueError(f"unknown function {min(unknown)}; allowed: {', '.join(map(str, FUNCTIONS))}.")
+        if type(self.loaded) is not int or not 0 <= self.loaded <= count:
+            raise ValueError(f"loaded={self.loaded!r}: allowed is 0 to {count}, the inputs.")
         if not (hasattr(self.base, "qmin") and self.base.stage == "grid"):
             raise ValueError(f"{self.base.kind!r} is no code of integers.")
         values = self.values
@@ -95,8 +99,8 @@ class CircuitCode(Code):
         """The code of weights that a circuit and its inputs give.
 
         A value that is among the inputs is taken from there, another from the first output that has it. Gates that no
-        weight needs, wires and inputs that nothing reads are left out, so this never takes more energy than the
-        circuit.
+        weight needs, wires, inputs that nothing reads and all but one of equal inputs are left out, so this never takes
+        more energy than the circuit.
 
         Args:
             base: what makes weights of integers.
@@ -111,34 +115,44 @@ class CircuitCode(Code):
         Raises:
             ValueError: a weight is neither an input nor an output.
         """
-        given = [(value, pin) for pin, value in enumerate(inputs.tolist())]
-        made = sorted(zip(circuit.outputs.tolist(), circuit.evaluate(inputs).tolist(), strict=True))
         pins: dict[int, int] = {}  # value -> the first pin
-        for value, pin in [*given, *((value, pin) for pin, value in made)]:
+        for pin, value in enumerate(inputs.tolist()):
+            pins.setdefault(value, pin)
+        first = [pins[value] for value in inputs.tolist()]
+        for pin, value in sorted(
+            zip(circuit.outputs.tolist(), circuit.evaluate(inputs).tolist(), strict=True)
+        ):
             pins.setdefault(value, pin)
         missing = [value for value in np.unique(weights).tolist() if value not in pins]
         if missing:
             raise ValueError(
                 f"a weight is {missing[0]}, which is neither among the inputs nor among the outputs of the circuit."
             )
-        wanted = {_origin(circuit, pins[value]) for value in np.unique(weights).tolist()}
-        order = _order(circuit, sorted(wanted))
-        read = wanted.union(*(_operands(circuit, gate) for gate in order))
-        kept = [pin for pin in range(len(inputs)) if pin in read]
-        used, kept = len(kept), kept or [0]
+        found = {origin(circuit, pins[value]) for value in np.unique(weights).tolist()}
+        gates = needed(circuit, found)
+        order = in_runs(gates)
+        # equal inputs are one pin, also behind wires
+        wanted = {(first[pin] if pin < len(first) else pin) for pin in found}
+        reads = {
+            pin: [first[p] if p < len(first) else p for p in gate.operands] for pin, gate in gates.items()
+        }
+        read = wanted.union(*reads.values())
+        kept = sorted((pin for pin in set(first) if pin in read), key=lambda pin: int(inputs[pin]))
+        used, kept = len(kept), kept or first[:1]
         place = {pin: i for i, pin in enumerate([*kept, *order])}
-        functions = [_gate(circuit, gate)[2] for gate in order]
         far: tuple[list[int], list[int]] = ([], [])
-        for gate, number in zip(order, functions, strict=True):
-            for which in np.flatnonzero(_uses(number)):
-                operand = _origin(circuit, _gate(circuit, gate)[which])
-                far[which].append(place[gate] - place[operand])
-        taken = torch.zeros(len(place), dtype=torch.bool)
+        for pin in order:
+            for which, operand in zip(
+                np.flatnonzero(uses(gates[pin].function)), gates[pin].operands, strict=True
+            ):
+                far[which].append(place[pin] - place[operand])
+        given, taken = torch.zeros(256, dtype=torch.bool), torch.zeros(len(place), dtype=torch.bool)
+        given[inputs[kept].astype(np.int64) + 128] = True
         taken[[place[pin] for pin in wanted]] = True
         return cls(
             widened(base, weights),
-            torch.from_numpy(inputs[kept].copy()),
-            torch.tensor(functions, dtype=torch.uint8),
+            given,
+            torch.tensor([gates[pin].function for pin in order], dtype=torch.uint8),
             _small(far[0]),
             _small(far[1]),
             taken,
@@ -148,15 +162,20 @@ class CircuitCode(Code):
     # -- the circuit -------------------------------------------------------------------------------------------
 
     @cached_property
+    def given(self) -> Int8:
+        """What the circuit computes from: int8, ascending."""
+        return (np.flatnonzero(self.inputs.numpy()) - 128).astype(np.int8)
+
+    @cached_property
     def circuit(self) -> Circuit:
         """The gates, in one row; its outputs are the values that weights take, by rising pin."""
-        count, gates = len(self.inputs), len(self.functions)
+        count, gates = len(self.given), len(self.functions)
         genes = np.zeros((max(gates, 1), GENES), dtype=np.int64)
         genes[:, 2] = WIRE
         genes[:gates, 2] = self.functions.numpy()
-        uses = np.array([_uses(n) for n in self.functions.tolist()], dtype=np.bool_).reshape(-1, 2)
+        has = np.array([uses(n) for n in self.functions.tolist()], dtype=np.bool_).reshape(-1, 2)
         for which, distances in enumerate((self.a, self.b)):
-            there = np.flatnonzero(uses[:, which])
+            there = np.flatnonzero(has[:, which])
             if len(distances) != len(there):
                 raise ValueError(f"{len(distances)} operands {'ab'[which]} for {len(there)} gates with one.")
             genes[there, which] = count + there - distances.numpy().astype(np.int64)
@@ -167,7 +186,7 @@ class CircuitCode(Code):
     @cached_property
     def values(self) -> Int8:
         """What the pins that weights take give: int8, ascending, one for each index."""
-        return np.sort(self.circuit.evaluate(self.inputs.numpy()))
+        return np.sort(self.circuit.evaluate(self.given))
 
     def cost(self, table: EnergyTable | None = None) -> CircuitCost:
         """Energy, delay and gates of the circuit; inputs that are read from memory are not in it.
@@ -190,15 +209,13 @@ class CircuitCode(Code):
             A problem without those inputs that nothing reads; ``circuit`` has as many more outputs as there are values
             that are inputs.
         """
-        pins = self.circuit.outputs[np.argsort(self.circuit.evaluate(self.inputs.numpy()))].astype(np.int64)
-        made = pins >= len(self.inputs)
-        wires = np.where(made, len(self.inputs) + np.cumsum(made) - 1, pins)
+        pins = self.circuit.outputs[np.argsort(self.circuit.evaluate(self.given))].astype(np.int64)
+        made = pins >= len(self.given)
+        wires = np.where(made, len(self.given) + np.cumsum(made) - 1, pins)
         codes = self.arrays(weight)["codes"].numpy().reshape(-1)
         uses = np.bincount(codes, minlength=len(pins)).astype(np.int64)
         taken: Ints = wires[codes]
-        return Problem(
-            self.inputs.numpy()[None], self.values[made][None], uses[made][None], (taken,), self.loaded
-        )
+        return Problem(self.given[None], self.values[made][None], uses[made][None], (taken,), self.loaded)
 
     # -- the weight --------------------------------------------------------------------------------------------
 
@@ -216,14 +233,16 @@ class CircuitCode(Code):
 
     def rebuild(self, arrays: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """``s v[k]``."""
-        codes = arrays["codes"]
-        if codes.dtype != torch.uint8 or (codes.numel() and int(codes.max()) >= len(self.values)):
-            raise ValueError(
-                f"indices are {codes.dtype}, up to {int(codes.max()) if codes.numel() else 0}; allowed are torch.uint8 "
-                f"from 0 to {len(self.values) - 1}."
-            )
+        codes = arrays.get("codes")
+        if codes is None or codes.dtype != torch.uint8:
+            raise ValueError(f"indices are {None if codes is None else codes.dtype}; allowed is torch.uint8.")
+        if codes.numel() and int(codes.max()) >= len(self.values):
+            raise ValueError(f"an index is {int(codes.max())}; allowed are 0 to {len(self.values) - 1}.")
         integers = torch.from_numpy(self.values)[codes.to(torch.int64)]
-        return self.base.rebuild({**tensors_of(self.base), "codes": integers}, dtype)
+        try:
+            return self.base.rebuild({**tensors_of(self.base), "codes": integers}, dtype)
+        except (IndexError, RuntimeError) as error:  # such as too few scales
+            raise ValueError(f"integers of shape {tuple(codes.shape)} are no weight: {error!r}.") from None
 
     def matches(self, weight: Tensor) -> bool:
         """Whether the weight still is what the circuit gives, bit for bit."""
@@ -285,69 +304,8 @@ class CircuitCode(Code):
             raise ValueError(f"the parts of a circuit code do not fit together: {error!r}.") from None
 
 
-# -- the order of the gates ----------------------------------------------------------------------------------
-
-
-def _gate(circuit: Circuit, pin: int) -> tuple[int, int, int]:
-    a, b, number = circuit.gates[pin - circuit.grid.inputs].tolist()
-    return a, b, number
-
-
-def _uses(number: int) -> tuple[bool, bool]:
-    """Which operands matter; of an unknown function none."""
-    function = FUNCTIONS.get(number)
-    return (False, False) if function is None else (function.uses_a, function.uses_b)
-
-
-def _origin(circuit: Circuit, pin: int) -> int:
-    """The pin at the other end of wires."""
-    while pin >= circuit.grid.inputs and _gate(circuit, pin)[2] == WIRE:
-        pin = _gate(circuit, pin)[0]
-    return pin
-
-
-def _operands(circuit: Circuit, pin: int) -> list[int]:
-    return [_origin(circuit, p) for p in circuit.operands(pin - circuit.grid.inputs)]
-
-
 def _small(distances: Sequence[int]) -> Tensor:
     """In the smallest type."""
     most = max(distances, default=0)
     kind = next(kind for kind in _DISTANCES if most <= torch.iinfo(kind).max)
     return torch.tensor(distances, dtype=kind)
-
-
-def _order(circuit: Circuit, wanted: Sequence[int]) -> list[int]:
-    """Gates that some pins need, operands first, in long runs of one function: these take fewest bytes.
-
-    Of the functions that gates wait for whose operands are there, it is one with the most of them; what becomes
-    ready joins at the end, so that operands are as far away as those of the gate before.
-    """
-    inputs = circuit.grid.inputs
-    missing: dict[int, set[int]] = {}
-    readers: dict[int, list[int]] = {}
-    stack = list(wanted)
-    while stack:
-        pin = stack.pop()
-        if pin < inputs or pin in missing:
-            continue
-        before = {p for p in _operands(circuit, pin) if p >= inputs}
-        missing[pin] = before
-        stack += before
-    ready: dict[int, list[int]] = {}
-    for pin in sorted(missing):
-        for p in missing[pin]:
-            readers.setdefault(p, []).append(pin)
-        if not missing[pin]:
-            ready.setdefault(_gate(circuit, pin)[2], []).append(pin)
-    order: list[int] = []
-    while ready:
-        number = max(ready, key=lambda n: len(ready[n]))
-        for pin in ready[number]:  # it grows
-            order.append(pin)
-            for reader in readers.get(pin, ()):
-                missing[reader].discard(pin)
-                if not missing[reader]:
-                    ready.setdefault(_gate(circuit, reader)[2], []).append(reader)
-        del ready[number]
-    return order

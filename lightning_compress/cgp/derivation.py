@@ -17,8 +17,7 @@ Array = npt.NDArray[Any]
 LOW = 128  # values are counted from -128, so that they are indices
 NONE = -1
 _NEVER = 1 << 62
-_UNIT = 1 << 12  # a gate costs 1 where energies are compared first
-_GATE = 1 << 50  # and this much where the number of gates is
+_UNIT = 1 << 12  # 1e-6 pJ; every operation costs 1 besides, so that of equal energies the fewest gates win
 
 
 class Operations(NamedTuple):
@@ -73,7 +72,7 @@ def derive(
     table: EnergyTable,
     *,
     levels: int,
-    gates_first: bool = False,
+    gate_pj: float = 0.0,
     plain: bool = False,
 ) -> Derivation:
     """Compute some values from others, with little energy in all.
@@ -88,7 +87,7 @@ def derive(
         functions: ids that may be used.
         table: costs.
         levels: longest chain of operations, >= 1.
-        gates_first: the number of operations is to be small; energies decide among equals.
+        gate_pj: price of every operation beside its energy, >= 0: the higher, the fewer there are.
         plain: add the cheapest value that one operation gives, needed or not, until all needed ones are there.
 
     Returns:
@@ -108,21 +107,30 @@ def derive(
         "Approximation algorithms for directed Steiner problems", 1999 (the choice by density).
     """
     ops = operations(tuple(sorted(set(functions))))
-    costs = [
-        np.array([_cost(table, int(f), gates_first) for f in ids], np.int64)
+    constant_costs, unary_costs, binary_costs = (
+        np.array([_cost(table[int(f)].energy_pj + gate_pj) for f in ids], np.int64)
         for ids in (ops.constants[:, 1], ops.unary_ids, ops.binary_ids)
-    ]
-    near = _near(ops.unary, costs[1] < _UNIT)
+    )
+    near = _near(ops.unary, unary_costs < _UNIT)
     function, a, b, level = _search(
-        there, wanted, near, ops.constants, ops.unary, ops.binary, *costs, levels, plain
+        there,
+        wanted,
+        near,
+        ops.constants,
+        ops.unary,
+        ops.binary,
+        constant_costs,
+        unary_costs,
+        binary_costs,
+        levels,
+        plain,
     )
     ids = np.concatenate([ops.constants[:, 1], ops.unary_ids, ops.binary_ids, [NONE]])
     return Derivation(ids[function], a, b, level)
 
 
-def _cost(table: EnergyTable, number: int, gates_first: bool) -> int:
-    energy = round(min(table[number].energy_pj, 1e6) * 1e6)
-    return energy + _GATE if gates_first else energy * _UNIT + 1
+def _cost(energy_pj: float) -> int:
+    return round(min(energy_pj, 1e6) * 1e6) * _UNIT + 1
 
 
 def _near(unary: Array, free: Array) -> Array:

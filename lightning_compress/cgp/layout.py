@@ -99,10 +99,10 @@ class _Plan:
                     left[p] -= 1
             waiting = rest
             for p in sorted(fading):
-                number = constants.get(p, carrier)
-                if gate == end or number is None:
+                hand_on = constants.get(p, carrier)
+                if gate == end or hand_on is None:
                     return None
-                gates[gate] = seen[p], seen[p], number
+                gates[gate] = seen[p], seen[p], hand_on
                 seat[p] = grid.inputs + gate
                 gate += 1
             seat = {p: at for p, at in seat.items() if left[p]}

@@ -187,7 +187,7 @@ class EvolveWeights(Transform):
         gap = code.values[arrays["codes"].numpy()].astype(np.float64) - values
         error = math.sqrt(float((gap**2).sum()) / problem.weights)
         return [
-            *(key, len(code.inputs) if code.loaded else 0, code.problem(new).computed, error),
+            *(key, code.loaded, code.problem(new).computed, error),
             *("yes" if result.met else "no", cost.energy_pj, cost.gate_count, cost.depth, cost.delay),
             encoded_bytes(arrays),
             encoded_bytes({"codes": torch.from_numpy(values), **tensors_of(base)}),

@@ -34,8 +34,8 @@ class Config:
         batches: how many parts there are.
         first: number of the first run here.
         runs: how many are here.
-        log_error: rows with at most this error carry their chromosome; "threshold": the error that is good enough;
-            "all": every row.
+        log_error: rows with at most this error carry their chromosome; "threshold": the error that is good enough,
+            and the last row; "all": every row.
         statistics: "csv" or "csv.zip".
         settings: of the search, as ``Settings.config`` gives them.
         sha256: of the other files.
@@ -196,6 +196,19 @@ def read(folder: str | os.PathLike[str]) -> Experiment:
     Raises:
         FileNotFoundError: nothing was planned there.
         ValueError: a file was changed after the plan.
+
+    Examples:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from lightning_compress.cgp import Problem, Settings
+        >>> from lightning_compress.cgp.campaign import plan, read
+        >>> from lightning_compress.cgp.experiments import Experiment, Place
+        >>> problem, grid = Problem.of([[3, 4]], [[7, 3, 9]]), Settings(rows=4, cols=4, patience=50)
+        >>> tiny = Experiment("tiny", problem, grid, (Place("fc.weight", np.arange(3)),), runs=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     again = read(plan([tiny], folder)[0])
+        >>> again.problem.wires[0].tolist(), again.runs, again.settings == grid
+        ([2, 0, 3], 4, True)
     """
     return Folder.open(folder).experiment
 

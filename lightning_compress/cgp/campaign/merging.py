@@ -46,6 +46,21 @@ def merge(
         FileNotFoundError: there are no batches of that name.
         ValueError: a batch or a run is missing (lists them), batches of different configurations, an option that does
             not fit, or another experiment in ``into``.
+
+    Examples:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from lightning_compress.cgp import Problem, Settings
+        >>> from lightning_compress.cgp.campaign import merge, plan, read_rows, run
+        >>> from lightning_compress.cgp.experiments import Experiment, Place
+        >>> problem, grid = Problem.of([[3, 4]], [[7, 3, 9]]), Settings(rows=4, cols=4, patience=50)
+        >>> tiny = Experiment("tiny", problem, grid, (Place("fc.weight", np.arange(3)),), runs=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     folders = plan([tiny], folder, batches=2)
+        ...     outcomes = run(folder)
+        ...     rows = read_rows(merge(folder, "tiny") / "train_statistics" / "fitness" / "statistics.csv")
+        >>> sorted({row["run"] for row in rows})
+        ['0', '1', '2', '3']
     """
     if mode not in MODES or (top is not None and (mode != "lean" or top < 1)):
         raise ValueError(f'mode={mode!r}, top={top}: allowed are mode="all", and mode="lean" with top >= 1.')

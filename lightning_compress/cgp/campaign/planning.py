@@ -35,7 +35,7 @@ def plan(
         batches: the runs of every experiment are split into so many folders ``<name>_batch_<i>``, for machines that
             work on their own; their numbers continue, and so no result depends on the split.
         log_error: rows of the statistics with at most this error (as in their column) carry their chromosome; 0:
-            perfect ones only; "threshold": the error that is good enough; "all": every row.
+            perfect ones only; "threshold": the error that is good enough, and the last row; "all": every row.
         statistics: "csv" or "csv.zip", of the finished runs.
 
     Returns:
@@ -47,12 +47,12 @@ def plan(
 
     Examples:
         >>> import tempfile
+        >>> import numpy as np
+        >>> from lightning_compress.cgp import Problem, Settings
         >>> from lightning_compress.cgp.campaign import plan
         >>> from lightning_compress.cgp.experiments import Experiment, Place
-        >>> from lightning_compress.cgp.problem import Problem
-        >>> from lightning_compress.cgp.settings import Settings
-        >>> place = Place("fc.weight", np.arange(3))
-        >>> tiny = Experiment("tiny", Problem.of([[3, 4]], [[7, 3, 9]]), Settings(rows=4, cols=4), (place,), runs=4)
+        >>> problem, grid = Problem.of([[3, 4]], [[7, 3, 9]]), Settings(rows=4, cols=4, patience=50)
+        >>> tiny = Experiment("tiny", problem, grid, (Place("fc.weight", np.arange(3)),), runs=4)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     [path.name for path in plan([tiny], folder, batches=2)]
         ['tiny_batch_0', 'tiny_batch_1']

@@ -51,6 +51,20 @@ def run(
     Raises:
         FileNotFoundError: a folder that was not planned.
         ValueError: a file of a folder was changed after the plan, or a run was begun with another configuration.
+
+    Examples:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from lightning_compress.cgp import Problem, Settings
+        >>> from lightning_compress.cgp.campaign import plan, run, status
+        >>> from lightning_compress.cgp.experiments import Experiment, Place
+        >>> problem, grid = Problem.of([[3, 4]], [[7, 3, 9]]), Settings(rows=4, cols=4, patience=50)
+        >>> tiny = Experiment("tiny", problem, grid, (Place("fc.weight", np.arange(3)),), runs=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     folders = plan([tiny], folder)
+        ...     before, outcomes, after = status(folder), run(folder), status(folder)
+        >>> before.folders[0].missing, [outcome.status for outcome in outcomes], after.finished
+        ((0, 1, 2, 3), ['finished', 'finished', 'finished', 'finished'], True)
     """
     if jobs < 1 or retries < 0:
         raise ValueError(f"jobs={jobs}, retries={retries}: allowed are jobs >= 1 and retries >= 0.")

@@ -68,12 +68,12 @@ def script(
 
     Examples:
         >>> import tempfile
+        >>> import numpy as np
+        >>> from lightning_compress.cgp import Problem, Settings
         >>> from lightning_compress.cgp.campaign import plan, script
         >>> from lightning_compress.cgp.experiments import Experiment, Place
-        >>> from lightning_compress.cgp.problem import Problem
-        >>> from lightning_compress.cgp.settings import Settings
-        >>> place = Place("fc.weight", np.arange(3))
-        >>> tiny = Experiment("tiny", Problem.of([[3, 4]], [[7, 3, 9]]), Settings(rows=4, cols=4), (place,), runs=4)
+        >>> problem, grid = Problem.of([[3, 4]], [[7, 3, 9]]), Settings(rows=4, cols=4, patience=50)
+        >>> tiny = Experiment("tiny", problem, grid, (Place("fc.weight", np.arange(3)),), runs=4)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     folders = plan([tiny], folder)
         ...     [text] = script(folders, "slurm", name="tiny", time="4:00:00", cpus=4, memory="2gb")
@@ -119,7 +119,9 @@ def dask_script(
     try:
         dask_jobqueue = importlib.import_module("dask_jobqueue")
     except ImportError as error:
-        raise ImportError("dask_script needs dask-jobqueue: pip install dask-jobqueue.") from error
+        raise ImportError(
+            "dask_script needs dask-jobqueue: pip install lightning-compress[cluster]."
+        ) from error
     kind = {"pbs": dask_jobqueue.PBSCluster, "slurm": dask_jobqueue.SLURMCluster}[system]
     options = {
         "job_name": name,

@@ -43,15 +43,20 @@ class _Recorder:
     def __init__(self, folder: Folder, run: int, rows: Growing, every: float) -> None:
         self._folder, self._run, self._rows, self._every = folder, run, rows, every
         self._saved = -math.inf
+        operations = folder.experiment.settings.table.operations.values()
+        self._areas = not all(math.isnan(operation.area_um2) for operation in operations)
 
     def __call__(self, evolution: Evolution) -> None:
         new = evolution.history[self._rows.rows :]
-        if new:  # all of them are of this circuit: the last of phase 1 also begins phase 2
-            best, limits = evolution.best, self._limits(evolution)
-            text = best.circuit.to_text() if any(row.error <= limits[row.phase] for row in new) else ""
-            for row in new:
-                logged = text if row.error <= limits[row.phase] else ""
-                self._rows.append(line(self._run, row, best.cost.area_um2, logged))
+        limits = self._limits(evolution) if new else {}
+        logged = [row.error <= limits[row.phase] for row in new]
+        text, area = "", math.nan
+        if any(logged) or (new and self._areas):
+            best = evolution.best
+            text, area = best.circuit.to_text(), best.cost.area_um2 if self._areas else math.nan
+        # Where there are several, all are of this circuit: the last of phase 1 also begins phase 2.
+        for row, shown in zip(new, logged, strict=True):
+            self._rows.append(line(self._run, row, area, text if shown else ""))
         if time.monotonic() - self._saved >= self._every:
             self._rows.sync()
             state = State(self._rows.rows, False, "", evolution.generation, evolution.state_dict())
@@ -103,11 +108,13 @@ def execute(path: str | os.PathLike[str], run: int, every: float = SAVED) -> Out
 
 def _work(folder: Folder, run: int, state: State | None, every: float) -> str:
     """A warning, or nothing."""
-    experiment, warning = folder.experiment, ""
+    experiment, warning, rows = folder.experiment, "", None
     settings = replace(experiment.settings, seed=run_seed(experiment.settings.seed, run))
+    if state is None:
+        state = State(0, False, "", 0)
+        state.save(folder, run)  # the first heartbeat, for building the first circuit may take a while
     evolution = Evolution(experiment.problem, settings)
-    rows = None
-    if state is not None:
+    if state.evolution:
         try:
             evolution.load_state_dict(state.evolution)
             if len(evolution.history) != state.rows:
@@ -132,15 +139,18 @@ def _work(folder: Folder, run: int, state: State | None, every: float) -> str:
 
 
 def _finish(folder: Folder, run: int, result: EvolutionResult) -> None:
-    statistics = folder.statistics(run)
+    statistics, text = folder.statistics(run), result.best.circuit.to_text()
+    *lines, last = statistics.read_text(encoding="utf-8").splitlines(keepends=True)
+    if folder.config.log_error == "threshold" and last.endswith(",\n"):
+        write(statistics, "".join(lines) + last.removesuffix("\n") + quoted(text) + "\n")
     if folder.config.statistics == "csv.zip":
         write(statistics.with_name(statistics.name + ".zip"), statistics.read_text(encoding="utf-8"))
-    write(folder.chromosome(run), result.best.circuit.to_text() + "\n")
+    write(folder.chromosome(run), text + "\n")
     weights = result.problem.decode(result.problem.outputs(result.best.circuit))
     write(folder.weights(run), "".join(" ".join(map(str, row.tolist())) + "\n" for row in weights))
-    lines = [
+    front = [
         f"{s.error},{round(s.cost.energy_pj * PICO) / PICO!r},{s.cost.delay!r},{s.cost.gate_count},"
         f"{quoted(s.circuit.to_text())}\n"
         for s in result.front
     ]
-    write(folder.front(run), FRONT + "".join(lines))
+    write(folder.front(run), FRONT + "".join(front))

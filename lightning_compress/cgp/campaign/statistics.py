@@ -34,7 +34,7 @@ def line(run: int, row: Row, area: float, chromosome: str) -> str:
     Args:
         run: number of the run.
         row: of its history.
-        area: square micrometres; NaN leaves the cell empty.
+        area: square micrometres; NaN (some gate's is unknown) leaves the cell empty.
         chromosome: text of the circuit, or nothing.
 
     Returns:
