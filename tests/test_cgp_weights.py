@@ -112,7 +112,7 @@ def coded(draw):
     circuit = Circuit(
         np.array([*genes, *random.integers(0, count + grid.gates, grid.outputs)], np.int32), grid
     )
-    inputs = random.integers(-128, 128, count).astype(np.int8)
+    inputs = random.integers(*draw(st.sampled_from([(-128, 128), (0, 3)])), count).astype(np.int8)
     every = np.concatenate([inputs, circuit.evaluate(inputs)])
     values = random.choice(every, (2, draw(st.integers(1, 20))))
     return circuit, inputs, values

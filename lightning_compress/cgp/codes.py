@@ -128,16 +128,11 @@ class CircuitCode(Code):
             raise ValueError(
                 f"a weight is {missing[0]}, which is neither among the inputs nor among the outputs of the circuit."
             )
-        found = {origin(circuit, pins[value]) for value in np.unique(weights).tolist()}
-        gates = needed(circuit, found)
+        wanted = {origin(circuit, pins[value], first) for value in np.unique(weights).tolist()}
+        gates = needed(circuit, wanted, first)
         order = in_runs(gates)
-        # equal inputs are one pin, also behind wires
-        wanted = {(first[pin] if pin < len(first) else pin) for pin in found}
-        reads = {
-            pin: [first[p] if p < len(first) else p for p in gate.operands] for pin, gate in gates.items()
-        }
-        read = wanted.union(*reads.values())
-        kept = sorted((pin for pin in set(first) if pin in read), key=lambda pin: int(inputs[pin]))
+        read = wanted.union(*(gate.operands for gate in gates.values())) - gates.keys()
+        kept = sorted(read, key=lambda pin: int(inputs[pin]))
         used, kept = len(kept), kept or first[:1]
         place = {pin: i for i, pin in enumerate([*kept, *order])}
         far: tuple[list[int], list[int]] = ([], [])

@@ -309,7 +309,8 @@ def digest(problem: Problem) -> str:
         False
     """
     text = hashlib.blake2b(digest_size=16)
-    for array in (problem.inputs, problem.targets, problem.counts, *problem.wires):
+    arrays: list[npt.NDArray[Any]] = [problem.inputs, problem.targets, problem.counts, *problem.wires]
+    for array in arrays:
         text.update(f"{array.dtype} {array.shape} ".encode())
         text.update(np.ascontiguousarray(array).tobytes())
     text.update(f"{problem.loaded}".encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,5 +69,3 @@ class Experiment:
             changed = result.setdefault(place.key, np.array(codes[place.key], dtype=np.int8))
             changed.reshape(-1)[place.positions] = values
         return result
-
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from lightning_compress.cgp.circuit import Circuit
@@ -26,27 +26,29 @@ def uses(function: int) -> tuple[bool, bool]:
     return FUNCTIONS[function].uses_a, FUNCTIONS[function].uses_b
 
 
-def origin(circuit: Circuit, pin: int) -> int:
+def origin(circuit: Circuit, pin: int, first: Sequence[int]) -> int:
     """The pin at the other end of wires.
 
     Args:
         circuit: any.
         pin: of it.
+        first: of every input, the one that is read in its place.
 
     Returns:
         An input, or the pin of a gate that is no wire.
     """
     while pin >= circuit.grid.inputs and circuit.gates[pin - circuit.grid.inputs, 2] == WIRE:
         pin = int(circuit.gates[pin - circuit.grid.inputs, 0])
-    return pin
+    return first[pin] if pin < circuit.grid.inputs else pin
 
 
-def needed(circuit: Circuit, wanted: Iterable[int]) -> dict[int, Gate]:
+def needed(circuit: Circuit, wanted: Iterable[int], first: Sequence[int]) -> dict[int, Gate]:
     """The gates that some pins need.
 
     Args:
         circuit: any.
         wanted: pins, none of them of a wire.
+        first: of every input, the one that is read in its place.
 
     Returns:
         Pin -> gate, by rising pin.
@@ -55,7 +57,7 @@ def needed(circuit: Circuit, wanted: Iterable[int]) -> dict[int, Gate]:
         >>> from lightning_compress.cgp import Circuit
         >>> from lightning_compress.cgp.ordering import needed
         >>> circuit = Circuit.from_text("{1,1,3,1,2,3,1}([1]0,0,7)([2]1,0,100)([3]2,0,1)(3)")
-        >>> needed(circuit, [3])
+        >>> needed(circuit, [3], first=[0])
         {1: Gate(function=7, operands=(0,)), 3: Gate(function=1, operands=(1, 0))}
     """
     inputs, stack = circuit.grid.inputs, list(wanted)
@@ -63,7 +65,7 @@ def needed(circuit: Circuit, wanted: Iterable[int]) -> dict[int, Gate]:
     while stack:
         pin = stack.pop()
         if pin >= inputs and pin not in found:
-            read = tuple(origin(circuit, p) for p in circuit.operands(pin - inputs))
+            read = tuple(origin(circuit, p, first) for p in circuit.operands(pin - inputs))
             found[pin] = Gate(int(circuit.gates[pin - inputs, 2]), read)
             stack += read
     return dict(sorted(found.items()))
