@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cols", type=int, default=16)
     parser.add_argument("--offspring", type=int, default=8)
     parser.add_argument("--mutation", type=float, default=0.01)
-    parser.add_argument("--patience", type=int, default=2000)
+    parser.add_argument("--patience", type=int, default=100_000)
     parser.add_argument("--generations", type=int)
     parser.add_argument("--seconds", type=float, default=60.0, help="that each evolution may take")
     parser.add_argument("--seed-circuit", default="adder", choices=["adder", "random"])

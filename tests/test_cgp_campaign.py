@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -215,12 +216,17 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
         future.result()
     state = json.loads(folder.state(0).read_text())
     assert not state["finished"] and stands(folder, 0) == "running"
+    kept = lines_of(folder.statistics(0))[: state["rows"]]
     with folder.statistics(0).open("a") as file:  # rows behind the state, and one that was cut off
         file.write("0,1,0.0,1,1,0.1,,1,0.1,1,1,\n0,17,0.")
+    folder.state(0).with_name(".state.0.json.0123.tmp").touch()  # a state that was being written
     pool.shutdown()
 
-    assert campaign.run(cut)[0].status == "finished"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a warning would say that the run began anew
+        assert campaign.run(cut)[0].status == "finished"
     campaign.run(whole)
+    assert lines_of(folder.statistics(0))[: len(kept)] == kept  # with their times
     assert contents(cut, but=()) == contents(whole, but=())
     assert len(lines_of(folder.statistics(0))) > state["rows"]
     times = [float(row["timestamp"]) for row in campaign.read_rows(folder.statistics(0))]
@@ -573,6 +579,7 @@ def test_settings_come_back() -> None:
     for chosen in (Settings(), Settings(functions=(1, 2, 12), energy=table, look_back=3, generations=7)):
         config = json.loads(json.dumps(chosen.config()))
         assert settings_of(config).config() == chosen.config()
+        assert settings_of(config).functions == chosen.functions
         assert settings_of(config).table[1].area_um2 == chosen.table[1].area_um2 or chosen.energy is None
     with pytest.raises(ValueError, match="another version"):
         settings_of({**Settings().config(), "colour": 1})

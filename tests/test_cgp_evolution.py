@@ -139,7 +139,7 @@ def test_history_is_monotone_and_energy_never_rises_in_phase_two() -> None:
 def test_trade_offs_dominate_all_that_were_accepted() -> None:
     problem = Problem.of([[1, 50, -100]], [list(range(-60, 60))])
     result = evolve(
-        problem, replace(SMALL, rows=12, cols=8, generations=5000, patience=150, error_threshold=30.0)
+        problem, replace(SMALL, rows=12, cols=8, generations=5000, patience=150, error_threshold=8.0)
     )
     points = [(s.error, s.cost.energy_pj, s.cost.delay, s.cost.gate_count) for s in result.front]
     assert 10 < len(points) <= 200 and len(set(points)) == len(points)

@@ -1,17 +1,23 @@
 """The known experiments, against loops over kernels."""
 
+import copy
 import functools
 import re
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import lightning_compress as lc
-from lightning_compress.cgp import Settings, presets
+from lightning_compress import codes
+from lightning_compress.cgp import Grid, Settings, evolve, ordering, presets
 from lightning_compress.cgp.functions import SELECTING
 from lightning_compress.cgp.integers import all_int8, find_int8
+from lightning_compress.cgp.seeds import random_circuit
+from lightning_compress.cgp.writing import write
 
 
 @functools.cache
@@ -165,3 +171,57 @@ def test_other_models_by_name():
 def test_mistakes_are_explained(run, words):
     with pytest.raises(ValueError, match=words):
         run(lenet())
+
+
+# -- writing what was evolved ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", [presets.layer_bypass, presets.le_selector, presets.all_layers])
+@pytest.mark.parametrize("multiplex", [True, False])
+def test_circuits_go_into_the_network_and_its_file(preset, multiplex, tmp_path):
+    """Random circuits with multiplexers: what each data set makes of them is what its layer keeps."""
+    net = copy.deepcopy(lenet())
+    chosen = Settings(rows=16, cols=8, seed_circuit="random", generations=0)
+    [e] = preset(net, thresholds=[0], settings=chosen, multiplex=multiplex)
+    circuit = evolve(e.problem, e.settings).best.circuit
+    wanted = e.written(integers(), e.problem.outputs(circuit))
+    assert write(net, e, circuit) == tuple(wanted)
+    for key, values in wanted.items():
+        assert np.array_equal(find_int8(net, key)[1], values)
+        assert codes.read(net.get_submodule(key.removesuffix(".weight")), "weight").kind == "circuit"
+    assert not lc.save(net, tmp_path / "net.lcz").stale
+    fresh = lc.load(tmp_path / "net.lcz", into=lc.models.build("lenet5"))
+    assert all(map(torch.equal, fresh.parameters(), net.parameters()))
+
+
+def test_a_layer_with_other_weights_keeps_its_integers():
+    net = copy.deepcopy(lenet())
+    [e] = presets.single_filter(net, layers=["conv2"], settings=Settings(rows=8, cols=8, generations=0))
+    result = evolve(e.problem, e.settings)
+    assert write(net, e, result.best.circuit) == ()
+    assert codes.read(net.conv2, "weight").kind == "affine" and torch.equal(
+        net.conv2.weight, lenet().conv2.weight
+    )
+
+
+@given(st.integers(0, 2**32), st.integers(0, 5))
+def test_a_data_set_sees_multiplexers_as_wires(seed, dataset):
+    grid, random = Grid(3, 5, 4, 4, None, 6), np.random.default_rng(seed)
+    circuit = random_circuit(grid, [1, 2, 8, 27, 28], random)
+    x = random.integers(-128, 128, (6, 3)).astype(np.int8)
+    alone = ordering.alone(circuit, dataset)
+    assert alone.evaluate(x[dataset]).tolist() == circuit.evaluate(x)[dataset].tolist()
+    assert not set(SELECTING) & set(alone.gates[:, 2].tolist())
+
+
+def test_networks_of_another_kind_are_refused():
+    [e] = presets.layer_bypass(lenet(), thresholds=[0], settings=Settings(rows=16, generations=0))
+    circuit = evolve(e.problem, e.settings).best.circuit
+    small = lc.compress(nn.Sequential(nn.Linear(4, 4)), [lc.Quantize(8)]).model
+    with pytest.raises(ValueError, match=r"'conv2\.weight', which this model .*there are: 0\.weight"):
+        write(small, e, circuit)
+    with pytest.raises(ValueError, match="there are: none"):
+        write(lc.models.build("lenet5"), e, circuit)
+    other = lc.compress(nn.ModuleDict({"conv2": nn.Linear(4, 4)}), [lc.Quantize(8)]).model
+    with pytest.raises(ValueError, match=r"weight 2399 of conv2\.weight, which has 16"):
+        write(other, e, circuit)

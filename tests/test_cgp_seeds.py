@@ -1,7 +1,6 @@
 """Circuits that evolution starts from: every wanted value, legal pins, and no more energy than simpler ways need."""
 
 import dataclasses
-import itertools
 
 import numpy as np
 import pytest
@@ -27,33 +26,43 @@ def grid_of(problem: Problem, rows: int, cols: int, look_back: int | None = None
     return Grid(problem.inputs.shape[1], problem.targets.shape[1], rows, cols, look_back, problem.datasets)
 
 
-def greedy_energy(start: set[int], wanted: set[int], functions: tuple[int, ...] = STANDARD) -> float:
+def greedy_energy(start: set[int], wanted: set[int]) -> float:
     """The cheapest missing value by one operation, again and again, free ones first; then what nobody needs goes."""
-    there, made = set(start), {}
-    while not wanted <= there:
-        found = {}
-        for f in functions:
-            function = FUNCTIONS[f]
-            if function.uses_b:
-                operands = list(itertools.product(sorted(there), repeat=2))
-            else:
-                operands = [(v, v) for v in (sorted(there) if function.uses_a else [0])]
-            if not operands:
-                continue
-            a, b = np.array(operands).T
-            for value, (left, right) in zip(apply(f, a, b).tolist(), operands, strict=True):
-                if value not in there:
-                    used = {left} * function.uses_a | {right} * function.uses_b if False else set()
-                    used |= ({left} if function.uses_a else set()) | ({right} if function.uses_b else set())
-                    found.setdefault((TABLE[f].energy_pj, value), (f, used))
-        (_, value), how = min(found.items(), key=lambda item: item[0])
-        made[value] = how
+    there: set[int] = set()
+    made: dict[int, tuple[float, set[int]]] = {}
+    offers: dict[
+        int, tuple[float, set[int]]
+    ] = {}  # value -> energy of one operation that gives it, its operands
+
+    def offer(f: int, a: list[int], b: list[int]) -> None:
+        energy = TABLE[f].energy_pj
+        for value, left, right in zip(apply(f, a, b).tolist(), a, b, strict=True):
+            if value not in there and (value not in offers or energy < offers[value][0]):
+                offers[value] = energy, {left, right} if FUNCTIONS[f].uses_b else {left}
+
+    def add(value: int) -> None:
         there.add(value)
+        offers.pop(value, None)
+        others = sorted(there)
+        for f in STANDARD:
+            if FUNCTIONS[f].uses_b:
+                offer(f, others, [value] * len(others))
+                offer(f, [value] * len(others), others)
+            elif FUNCTIONS[f].uses_a:
+                offer(f, [value], [value])
+
+    for value in (0, 1, -1, -128, 127):
+        offers[value] = 0.0, set()
+    for value in start:
+        add(value)
+    while not wanted <= there:
+        value = min(offers, key=lambda v: (offers[v][0], v))
+        made[value] = offers[value]
+        add(value)
     needed = set(wanted)
     for value in reversed(made):
-        if value in needed:
-            needed |= made[value][1]
-    return sum(TABLE[made[value][0]].energy_pj for value in made if value in needed)
+        needed |= made[value][1] if value in needed else set()
+    return sum(energy for value, (energy, _) in made.items() if value in needed)
 
 
 def test_all_values_from_one_constant_take_the_least_energy() -> None:
@@ -75,7 +84,7 @@ def test_all_values_from_one_constant_take_the_least_energy() -> None:
 
 
 @given(st.sets(int8, min_size=1, max_size=30), st.sets(int8, min_size=1, max_size=60))
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_never_more_energy_than_the_greedy_way(start: set[int], wanted: set[int]) -> None:
     problem = Problem.of([sorted(start)], [sorted(wanted)])
     circuit = adder(problem, grid_of(problem, 32, 32), STANDARD, TABLE)
@@ -90,7 +99,7 @@ def test_never_more_energy_than_the_greedy_way(start: set[int], wanted: set[int]
     st.booleans(),
     st.sampled_from([STANDARD, (1, WIRE, 22), (2, 13, WIRE), (0, 1, 3, 8, 12, 13), (14, 100)]),
 )
-@settings(max_examples=40)
+@settings(max_examples=20)
 @pytest.mark.filterwarnings("error")
 def test_every_value_on_a_large_grid(
     inputs: list[int], outputs: list[int], look_back: int, multiplex: bool, functions: tuple[int, ...]
@@ -114,7 +123,7 @@ def check_all_pins(circuit: Circuit) -> None:
 
 
 @given(st.data())
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_several_data_sets(data: st.DataObject) -> None:
     """Targets that differ between even and odd rows need a multiplexer; equal ones are computed from equal inputs."""
     sets = data.draw(st.integers(2, 4))
@@ -133,7 +142,7 @@ def test_a_multiplexer_of_inputs_where_it_is_cheaper() -> None:
     circuit = adder(problem, grid_of(problem, 2, 2), (1, 22, 27), TABLE)
     assert problem.outputs(circuit).tolist() == [[5], [5]]
     assert circuit.cost().energy_pj == pytest.approx(0.014)
-    assert adder(problem, grid_of(problem, 2, 2), (22, 24, 18, 9), TABLE).cost().energy_pj == pytest.approx(
+    assert adder(problem, grid_of(problem, 2, 3), (22, 24, 18, 9), TABLE).cost().energy_pj == pytest.approx(
         0.008
     )
     demultiplexed = Problem.of([[5], [7]], [[1], [0]], multiplex=False)
@@ -145,8 +154,8 @@ def test_too_few_gates() -> None:
     """The values that most weights have come first, and others get what is nearest."""
     outputs = [10] * 9 + [-30] * 5 + [77] + [78] * 2
     problem = Problem.of([[0]], [outputs], loaded=0)
-    with pytest.warns(UserWarning, match="1 x 4 gates lacks 3 of 4 values") as caught:
-        circuit = adder(problem, grid_of(problem, 1, 4), (1, 2, 12, 22, 23), TABLE)
+    with pytest.warns(UserWarning, match="1 x 5 gates lacks 3 of 4 values") as caught:
+        circuit = adder(problem, grid_of(problem, 1, 5), (1, 2, 12, 22, 23), TABLE)
     assert caught[0].filename == __file__
     found = dict(zip(problem.targets[0].tolist(), problem.outputs(circuit)[0].tolist(), strict=True))
     there = {0} | {int(v) for v in found.values()}
@@ -154,7 +163,7 @@ def test_too_few_gates() -> None:
     assert all(abs(value - wanted) == min(abs(v - wanted) for v in there) for wanted, value in found.items())
     with pytest.warns(UserWarning, match="2 of 2 values"):  # nothing leads to odd numbers
         circuit = adder(Problem.of([[4]], [[1, 3]]), Grid(1, 2, 3, 3), (12, WIRE), TABLE)
-    assert circuit.evaluate([4]).tolist() == [4, 4] or circuit.evaluate([4]).tolist() == [0, 4]
+    assert circuit.evaluate([4]).tolist() == [4, 4]
 
 
 def test_outputs_without_weights_cost_nothing() -> None:
@@ -239,12 +248,10 @@ def test_moved_gates_compute_the_same(data: st.DataObject) -> None:
     )
     moved = place(circuit, new, WIRE, random_circuit(new, STANDARD, random).genome)
     if moved is None:
-        gates = int(circuit.active().sum())
         assert (
-            gates > new.rows * new.cols
+            circuit.active().sum() > new.rows * new.cols
             or circuit.cost().depth > new.cols
-            or new.look_back < new.cols
-            or gates
+            or new.rows * new.look_back < 16
         )
         return
     x = random.integers(-128, 128, (20, 2))

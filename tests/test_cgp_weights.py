@@ -18,6 +18,7 @@ import lightning_compress as lc
 from lightning_compress import codes
 from lightning_compress.cgp import Circuit, CircuitCost, Grid, Problem, Settings, Solution
 from lightning_compress.cgp import weights as cgp_weights
+from lightning_compress.cgp.balance import break_even
 from lightning_compress.cgp.choices import Choice
 from lightning_compress.cgp.codes import CircuitCode
 from lightning_compress.cgp.functions import FUNCTIONS, apply
@@ -322,9 +323,7 @@ def test_a_threshold_bounds_the_error(inputs):
 def test_the_report_counts_both_ways_of_storing():
     result = evolved("constants")
     lines = result.steps[0].plan.data.splitlines()
-    rows = (
-        {line.split()[0]: line.split() for line in lines if "weight" in line.split()[:1][0]} if lines else {}
-    )
+    rows = {line.split()[0]: line.split() for line in lines if ".weight" in line}
     for key, row in rows.items():
         module = result.model.get_submodule(key.removesuffix(".weight"))
         code, weight = codes.read(module, "weight"), module.weight.detach()
@@ -336,6 +335,18 @@ def test_the_report_counts_both_ways_of_storing():
         ]
         assert int(row[6]) == code.cost().gate_count and row[4] == "yes"
     assert len(rows) == 2
+
+
+@pytest.mark.parametrize("inputs", CHOICES)
+def test_the_balance_of_an_evolved_layer(inputs):
+    """Counted from the integers: what is read, and what nobody reads."""
+    model = evolved(inputs).model
+    code, weight = codes.read(model.conv2, "weight"), model.conv2.weight
+    balance = break_even(code.problem(weight), code.cost())
+    given, values = set(code.given.tolist()), find_int8(built(), "conv2")[1].reshape(-1).tolist()
+    assert balance.computed == sum(v not in given for v in values)
+    assert balance.computed + balance.wired == 2400 and balance.circuit_pj == code.cost().energy_pj
+    assert balance.loaded == (0 if inputs == "constants" else len(given))
 
 
 def test_the_file_holds_no_integers():
@@ -416,6 +427,50 @@ def test_flipped_bits_lead_to_other_values_of_the_circuit():
     assert set((damaged / scale).round().int().flatten().tolist()) <= allowed
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("multiplex", [True, False])
+def test_any_circuit_is_stored_as_it_is(bits, multiplex, tmp_path):
+    """Random circuits give values far from the weights, also outside of their grid."""
+    step = EvolveWeights(
+        "first:2", seed_circuit="random", generations=0, multiplex=multiplex, include="conv*", **SMALL
+    )
+    result = lc.compress(dense(), [lc.Quantize(bits), step])
+    assert "no" in {row.split()[4] for row in result.steps[1].plan.data.splitlines()[3:5]}
+    found = {key: (module, code) for key, module, _, code in codes.of(result.model) if code.kind == "circuit"}
+    assert len(found) == 2 and all(code.matches(module.weight) for module, code in found.values())
+    for module, code in found.values():
+        low, high = int(code.values.min()), int(code.values.max())
+        assert code.base.qmin <= low and high <= code.base.qmax < 2 ** (code.base.width - 1)
+        assert -code.base.qmin <= 2 ** (code.base.width - 1) and code.base.width <= 8
+        assert read_int8(module, "weight")[0].min() == low
+    assert not lc.save(result.model, tmp_path / "net.lcz").stale
+    fresh = lc.load(tmp_path / "net.lcz", into=dense())
+    assert all(map(torch.equal, fresh.parameters(), result.model.parameters()))
+
+
+def test_complex_weights_and_groups_have_circuits_too(tmp_path):
+    """Two planes of integers; a scale for every four inputs."""
+
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(4, 3, 5, dtype=torch.complex64))
+            self.fc = nn.Linear(8, 4)
+
+    lc.register(Spectral, lc.Axes(0, 1), param="kernel")
+    torch.manual_seed(2)
+    model, fresh = Spectral(), Spectral()
+    quantize = lc.Quantize(8, granularity="per_group:4")
+    result = lc.compress(model, [quantize, EvolveWeights("frequent:8", 2.0, **SMALL)])
+    assert {key: code.kind for key, *_, code in codes.of(result.model)} == dict.fromkeys(
+        ["kernel", "fc.weight"], "circuit"
+    )
+    assert read_int8(result.model, "kernel")[0].shape == (4, 3, 5, 2)
+    assert not lc.save(result.model, tmp_path / "net.lcz").stale
+    lc.load(tmp_path / "net.lcz", into=fresh)
+    assert all(map(torch.equal, fresh.parameters(), result.model.parameters()))
+
+
 def test_the_best_run_is_taken(monkeypatch):
     """Met before not met; then energy, error, delay, gates, depth; not met: error first."""
     problem = Problem.of([[0]], [[1, 2, 3]])
@@ -466,6 +521,7 @@ def test_float_models_are_told_to_quantize_first():
     ("quantize", "words"),
     [
         (lc.Quantize(12), "more than 8 bits"),
+        (lc.Quantize(1), "one bit"),
         (lc.Quantize(8, symmetric=False), "symmetric=True"),
         (lc.Quantize(format="e4m3"), "stored as minifloat"),
         (lc.Prune(0.5), "quantize first"),
@@ -544,3 +600,12 @@ def test_options_are_plain_data(tmp_path):
     assert (step.inputs, step.rows, step.include) == ("core:3", 8, ("conv1",))
     assert step.settings.table.operations.keys() == table.operations.keys()
     assert step.config()["energy"] == str(tmp_path / "table.csv")
+
+
+def test_a_file_cannot_ask_for_endless_work():
+    code, gates = halves(), 65537
+    far = torch.ones(gates, dtype=torch.uint8)
+    arrays = code.arrays(code.base.scale * torch.tensor([63.0, 127.0]))
+    arrays |= {"functions": far * 7, "a": far, "taken": torch.arange(gates + 1) < 2}
+    with pytest.raises(ValueError, match="65537 gates; allowed are 65536"):
+        CircuitCode.restore(arrays, code.config())

@@ -16,6 +16,7 @@ from lightning_compress.energy import EnergyTable
 
 Ints = npt.NDArray[np.int64]
 GENES = 3  # of a gate: two pins and a function
+_MOST = 2**31 - 1  # numbers of pins are int32
 _USES_A = {number for number, function in FUNCTIONS.items() if function.uses_a}
 _USES_B = {number for number, function in FUNCTIONS.items() if function.uses_b}
 
@@ -48,10 +49,12 @@ class Grid:
         bad = [
             f"{name}={getattr(self, name)}" for name, least in small.items() if getattr(self, name) < least
         ]
+        if self.inputs + self.gates > _MOST:
+            bad.append(f"{self.inputs} inputs and {self.gates} gates")
         if bad or (self.look_back is not None and self.look_back < 1):
             raise ValueError(
                 f"Grid({', '.join(bad) or f'look_back={self.look_back}'}): allowed are inputs and outputs >= 0, all "
-                "others >= 1."
+                f"others >= 1, and at most {_MOST} pins."
             )
 
     @property
@@ -128,13 +131,16 @@ class Circuit:
         Miller and Thomson, "Cartesian genetic programming", EuroGP 2000.
     """
 
-    genome: npt.NDArray[np.int32]
+    genome: npt.NDArray[np.signedinteger[Any]]
     grid: Grid
 
     def __post_init__(self) -> None:
-        genes, grid = np.array(self.genome, dtype=np.int32), self.grid
-        if genes.shape != (grid.genes,):
-            raise ValueError(f"a genome of shape {genes.shape}; {grid} needs ({grid.genes},).")
+        given, grid = np.asarray(self.genome), self.grid
+        if given.shape != (grid.genes,) or given.dtype.kind not in "iu":
+            raise ValueError(
+                f"a genome of shape {given.shape} and dtype {given.dtype}; {grid} needs ({grid.genes},) whole numbers."
+            )
+        genes = np.clip(given, -1, _MOST).astype(np.int32)  # too large numbers stay wrong ones
         object.__setattr__(self, "genome", genes)
         numbers = self.gates[:, 2]
         unknown = np.flatnonzero(~np.isin(numbers, list(FUNCTIONS)))
@@ -190,15 +196,18 @@ class Circuit:
             Bool [gates].
         """
         inputs, gates = self.grid.inputs, self.gates.tolist()
-        needed = [False] * (inputs + len(gates))
+        needed = [False] * len(gates)
         for pin in self.outputs.tolist():
-            needed[pin] = True
+            if pin >= inputs:
+                needed[pin - inputs] = True
         for gate in range(len(gates) - 1, -1, -1):
-            if needed[inputs + gate]:
+            if needed[gate]:
                 a, b, number = gates[gate]
-                needed[a] |= number in _USES_A
-                needed[b] |= number in _USES_B
-        return np.array(needed[inputs:], dtype=np.bool_)
+                if a >= inputs and number in _USES_A:
+                    needed[a - inputs] = True
+                if b >= inputs and number in _USES_B:
+                    needed[b - inputs] = True
+        return np.array(needed, dtype=np.bool_)
 
     def evaluate(self, x: npt.ArrayLike) -> Int8:
         """The outputs; one gate after the other, to compare faster ways with.
@@ -215,10 +224,11 @@ class Circuit:
         given, sets = np.asarray(x), self.grid.datasets
         shape = (self.grid.inputs,) if sets == 1 else (sets, self.grid.inputs)
         if given.shape[-len(shape) :] != shape or (
-            given.size and not -128 <= given.min() <= given.max() <= 127
+            given.size and (given.dtype.kind not in "iu" or not -128 <= given.min() <= given.max() <= 127)
         ):
             raise ValueError(
-                f"inputs of shape {given.shape}; needed are [..., {', '.join(map(str, shape))}] from -128 to 127."
+                f"inputs of shape {given.shape} and dtype {given.dtype}; needed are whole numbers from -128 to 127 of "
+                f"shape [..., {', '.join(map(str, shape))}]."
             )
         if sets == 1:
             return self._evaluate(given, 0)
@@ -245,27 +255,20 @@ class Circuit:
             The costs.
         """
         table = table or EnergyTable.default()
-        delay = [0.0] * (self.grid.inputs + self.grid.gates)
-        depth = [0] * len(delay)
-        energy, area, count = 0.0, 0.0, 0
-        for gate in np.flatnonzero(self.active()).tolist():
-            number, before = int(self.gates[gate, 2]), self.operands(gate)
-            operation, pin = table[number], self.grid.inputs + gate
-            counts = number != WIRE
-            delay[pin] = max((delay[p] for p in before), default=0.0) + operation.delay
-            depth[pin] = max((depth[p] for p in before), default=0) + counts
-            energy, area, count = (
-                energy + operation.energy_pj,
-                area + operation.area_um2 * counts,
-                count + counts,
-            )
+        delay: dict[int, float] = {}
+        depth: dict[int, int] = {}
+        used = []
+        for pin, number, before in self.lines():
+            used.append((table[number], number != WIRE))
+            delay[pin] = max((delay.get(p, 0.0) for p in before), default=0.0) + table[number].delay
+            depth[pin] = max((depth.get(p, 0) for p in before), default=0) + (number != WIRE)
         ends = self.outputs.tolist()
         return CircuitCost(
-            energy,
-            area,
-            max((delay[p] for p in ends), default=0.0),
-            max((depth[p] for p in ends), default=0),
-            count,
+            energy_pj=math.fsum(operation.energy_pj for operation, _ in used),
+            area_um2=math.fsum(operation.area_um2 for operation, counts in used if counts),
+            delay=max((delay.get(p, 0.0) for p in ends), default=0.0),
+            depth=max((depth.get(p, 0) for p in ends), default=0),
+            gate_count=sum(counts for _, counts in used),
         )
 
     def to_text(self) -> str:
@@ -311,22 +314,30 @@ class Circuit:
             raise ValueError(
                 f"position {start}: {len(pins)} outputs and {text[at:]!r:.40}; needed are {grid.outputs}."
             )
-        return cls(np.array([*genes, *pins], dtype=np.int32), grid)
+        return cls(np.array([*genes, *pins], dtype=np.int64), grid)
 
     def compact(self) -> Circuit:
-        """The same circuit with the gates that take part only, in one row; unused operands are pin 0."""
+        """The same circuit with the gates that take part only.
+
+        Returns:
+            A circuit of one row without limits to looking back; operands that a function does not use are pin 0. Where
+            no gate takes part, it has one that nobody reads.
+        """
         inputs = self.grid.inputs
-        place = {pin: pin for pin in range(inputs)}
+        place: dict[int, int] = {}
         genes: list[int] = []
         for pin, number, _ in self.lines():
             function, (a, b) = FUNCTIONS[number], self.gates[pin - inputs, :2].tolist()
-            genes += [place[a] if function.uses_a else 0, place[b] if function.uses_b else 0, number]
-            place[pin] = len(place)
-        used = max(1, len(place) - inputs)
-        genes += [0, 0, WIRE if inputs else 24] * (used - (len(place) - inputs))
-        outputs = [place[p] for p in self.outputs.tolist()]
-        grid = Grid(inputs, len(outputs), 1, used, None, self.grid.datasets)
-        return Circuit(np.array([*genes, *outputs], dtype=np.int32), grid)
+            genes += [
+                place.get(a, a) if function.uses_a else 0,
+                place.get(b, b) if function.uses_b else 0,
+                number,
+            ]
+            place[pin] = inputs + len(place)
+        genes = genes or [0, 0, WIRE if inputs else 24]
+        outputs = [place.get(p, p) for p in self.outputs.tolist()]
+        grid = Grid(inputs, len(outputs), 1, len(genes) // GENES, None, self.grid.datasets)
+        return Circuit(np.array([*genes, *outputs], dtype=np.int64), grid)
 
     def lines(self) -> Iterator[tuple[int, int, list[int]]]:
         """The gates that take part, in order: pin, function, pins of its operands."""
@@ -339,13 +350,12 @@ def _numbers(text: str, at: int, pattern: str, what: str) -> tuple[list[int], in
     found = re.compile(pattern).match(text, at)
     if found is None:
         raise ValueError(f"position {at}: needed is {what}, given {text[at : at + 24]!r}.")
-    try:
-        values = [int(part) for part in re.split(r"[],]", found[1])] if found[1] else []
-    except ValueError:
+    parts = re.split(r"\]|,", found[1]) if found[1] else []
+    if not all(re.fullmatch(r"\s*-?[0-9]{1,10}\s*", part) for part in parts):
         raise ValueError(
-            f"position {at}: {found[0]!r:.60} holds something that is no whole number."
-        ) from None
-    return values, found.end()
+            f"position {at}: {found[0]!r:.60} holds something that is no whole number of at most 10 digits."
+        )
+    return [int(part) for part in parts], found.end()
 
 
 def pretty(cost: CircuitCost) -> str:

@@ -21,6 +21,7 @@ from lightning_compress.energy import EnergyTable
 from lightning_compress.functional.bit_errors import Word
 
 _DISTANCES = (torch.uint8, torch.int16, torch.int32)
+_MOST = 1 << 16  # gates: they are evaluated one after the other when a file is read
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +34,7 @@ class CircuitCode(Code):
     Args:
         base: what makes weights of integers: their scales.
         inputs: bool [256], which of -128 to 127 the circuit computes from; they are its pins in this order.
-        functions: uint8 [gates], their ids; wires are none.
+        functions: uint8 [gates], their ids; wires are none; at most 65,536.
         a: how many pins before its own every gate finds its first operand, of those that have one: uint8, int16 or
             int32.
         b: likewise the second.
@@ -80,6 +81,8 @@ class CircuitCode(Code):
                 f"{count} inputs of {len(self.inputs)} values, {len(self.functions)} gates and {len(self.taken)} pins "
                 "that may be taken: needed are an input, 256 values, and as many pins as inputs and gates."
             )
+        if len(self.functions) > _MOST:
+            raise ValueError(f"{len(self.functions)} gates; allowed are {_MOST}.")
         unknown = set(self.functions.tolist()) - set(FUNCTIONS)
         if unknown:
             raise ValueError(f"unknown function {min(unknown)}; allowed: {', '.join(map(str, FUNCTIONS))}.")
@@ -201,8 +204,8 @@ class CircuitCode(Code):
             weight: the layer's weight.
 
         Returns:
-            A problem without those inputs that nothing reads; ``circuit`` has as many more outputs as there are values
-            that are inputs.
+            A problem whose inputs are those that something reads; ``circuit`` has as many more outputs as there are
+            values that are inputs.
         """
         pins = self.circuit.outputs[np.argsort(self.circuit.evaluate(self.given))].astype(np.int64)
         made = pins >= len(self.given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import math
 import re
 from collections.abc import Sequence
 
@@ -13,6 +14,21 @@ from lightning_compress.cgp.circuit import Circuit, pretty
 from lightning_compress.cgp.functions import FUNCTIONS
 from lightning_compress.energy import EnergyTable
 
+# Reserved words of IEEE 1364-2005.
+_VERILOG = re.findall(
+    r"\w+",
+    """
+    always and assign automatic begin buf bufif0 bufif1 case casex casez cell cmos config deassign default
+    defparam design disable edge else end endcase endconfig endfunction endgenerate endmodule endprimitive
+    endspecify endtable endtask event for force forever fork function generate genvar highz0 highz1 if ifnone
+    incdir include initial inout input instance integer join large liblist library localparam macromodule medium
+    module nand negedge nmos nor noshowcancelled not notif0 notif1 or output parameter pmos posedge primitive
+    pull0 pull1 pulldown pullup pulsestyle_ondetect pulsestyle_onevent rcmos real realtime reg release repeat
+    rnmos rpmos rtran rtranif0 rtranif1 scalared showcancelled signed small specify specparam strong0 strong1
+    supply0 supply1 table task time tran tranif0 tranif1 tri tri0 tri1 triand trior trireg unsigned use uwire
+    vectored wait wand weak0 weak1 while wire wor xnor xor
+    """,
+)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -38,7 +54,7 @@ def to_python(circuit: Circuit, name: str = "circuit", table: EnergyTable | None
         >>> scope["circuit"]([100, 100])
         [-56]
     """
-    _check(name, keyword.kwlist)
+    _check(name, [*keyword.kwlist, "wrap"])
     body = [
         f"    p{pin} = wrap({_formula(FUNCTIONS[number].formula, operands, circuit, 'x[{}]')})"
         for pin, number, operands in circuit.lines()
@@ -74,7 +90,7 @@ def to_verilog(circuit: Circuit, name: str = "circuit", table: EnergyTable | Non
     Raises:
         ValueError: the name is none.
     """
-    _check(name, ("module", "input", "output", "wire", "assign", "signed"))
+    _check(name, _VERILOG)
     ports = ["  input s"] if _selects(circuit) else []
     ports += [f"  input signed [7:0] x{i}" for i in range(circuit.grid.inputs)]
     ports += [f"  output signed [7:0] y{i}" for i in range(circuit.grid.outputs)]
@@ -97,7 +113,11 @@ def to_testbench(circuit: Circuit, x: npt.ArrayLike, name: str = "circuit") -> s
 
     Returns:
         Source text of module ``{name}_test``; it ends the simulation with an error where an output differs.
+
+    Raises:
+        ValueError: the name is none, or the inputs are not those of the circuit.
     """
+    _check(name, _VERILOG)
     rows, selects = circuit.evaluate(x), _selects(circuit)
     ports = [".s(s)"] if selects else []
     ports += [f".x{i}(x{i})" for i in range(circuit.grid.inputs)]
@@ -106,9 +126,11 @@ def to_testbench(circuit: Circuit, x: npt.ArrayLike, name: str = "circuit") -> s
     lines += [f"  reg signed [7:0] x{i};" for i in range(circuit.grid.inputs)]
     lines += [f"  wire signed [7:0] y{i};" for i in range(circuit.grid.outputs)]
     lines += [f"  {name} under_test ({', '.join(ports)});", "  initial begin"]
-    given = np.asarray(x).reshape(-1, circuit.grid.inputs)
-    wanted_rows = rows.reshape(len(given), circuit.grid.outputs).tolist()
-    for case, (values, wanted) in enumerate(zip(given.tolist(), wanted_rows, strict=True)):
+    cases = math.prod(rows.shape[:-1])
+    given = np.asarray(x).reshape(cases, circuit.grid.inputs).tolist()
+    for case, (values, wanted) in enumerate(
+        zip(given, rows.reshape(cases, circuit.grid.outputs).tolist(), strict=True)
+    ):
         lines += [f"    s = {case % circuit.grid.datasets % 2};"] if selects else []
         lines += [f"    x{i} = {_constant(v)};" for i, v in enumerate(values)]
         lines += [

@@ -42,7 +42,7 @@ def read_int8(module: nn.Module, param: str) -> tuple[Int8, Code]:
         them.
 
     Raises:
-        ValueError: the weight has no such code, has left it, or it is none of at most 8 bits around zero.
+        ValueError: the weight has no such code, has left it, or it is none of 2 to 8 bits around zero.
 
     Examples:
         >>> from lightning_compress.cgp.integers import read_int8
@@ -62,6 +62,8 @@ def read_int8(module: nn.Module, param: str) -> tuple[Int8, Code]:
         raise ValueError(
             f"it is stored as {code.kind}, not as integers around zero: {QUANTIZE}, with symmetric=True"
         )
+    if getattr(base, "width", 0) == 1:
+        raise ValueError("its integers have one bit, which is their sign: there is nothing to compute")
     if found.dtype != torch.int8:
         raise ValueError(f"it is stored as {found.dtype}, more than 8 bits: {QUANTIZE}")
     return found.numpy(), base
@@ -138,7 +140,7 @@ def widened(base: Code, values: Int8) -> Code:
     low, high = min(held.qmin, int(values.min())), max(held.qmax, int(values.max()))
     if (low, high) == (held.qmin, held.qmax):
         return base
-    width = max(held.width, (high - low).bit_length())
+    width = max(held.width, 1 + max(high.bit_length(), (-1 - low).bit_length()))
     return cast(Code, dataclasses.replace(held, qmin=low, qmax=high, width=width))
 
 

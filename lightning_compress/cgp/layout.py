@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_compress.cgp.circuit import GENES, Circuit, Grid
-from lightning_compress.cgp.functions import FUNCTIONS
+from lightning_compress.cgp.functions import FUNCTIONS, WIRE
 
 Genes = npt.NDArray[np.int32]
 _SLACKS = (None, 0, 1, 2, 4, 8)
@@ -99,7 +99,7 @@ class _Plan:
                     left[p] -= 1
             waiting = rest
             for p in sorted(fading):
-                hand_on = constants.get(p, carrier)
+                hand_on = WIRE if carrier == WIRE else constants.get(p, carrier)
                 if gate == end or hand_on is None:
                     return None
                 gates[gate] = seen[p], seen[p], hand_on

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
-from lightning_compress.cgp.circuit import Circuit
-from lightning_compress.cgp.functions import FUNCTIONS, WIRE
+from lightning_compress.cgp.circuit import GENES, Circuit
+from lightning_compress.cgp.functions import FUNCTIONS, SELECTING, WIRE
+
+_ZERO = 24  # the function that is 0
 
 
 class Gate(NamedTuple):
@@ -19,6 +22,35 @@ class Gate(NamedTuple):
 
     function: int
     operands: tuple[int, ...]
+
+
+def alone(circuit: Circuit, dataset: int) -> Circuit:
+    """What a circuit is to one of its data sets: multiplexers are wires then.
+
+    Args:
+        circuit: of any number of data sets.
+        dataset: which.
+
+    Returns:
+        A circuit of one data set on the same grid, with the same outputs.
+
+    Examples:
+        >>> from lightning_compress.cgp import Circuit
+        >>> from lightning_compress.cgp.ordering import alone
+        >>> circuit = Circuit.from_text("{2,1,1,1,2,1,2}([2]0,1,27)(2)")
+        >>> [alone(circuit, d).evaluate([3, 4]).tolist() for d in (0, 1)]
+        [[3], [4]]
+    """
+    genome = circuit.genome.copy()
+    gates = genome[: GENES * circuit.grid.gates].reshape(-1, GENES)
+    either, first = (
+        gates[:, 2] == number for number in SELECTING
+    )  # b or a, and 0 or a, in odd data sets or others
+    if dataset % 2:
+        gates[either, 0] = gates[either, 1]
+    gates[first, 2] = _ZERO if dataset % 2 else WIRE
+    gates[either, 2] = WIRE
+    return Circuit(genome, replace(circuit.grid, datasets=1))
 
 
 def uses(function: int) -> tuple[bool, bool]:

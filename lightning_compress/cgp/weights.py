@@ -43,7 +43,8 @@ class EvolveWeights(Transform):
     ``sqrt(mean (q^ - q)^2) <= t``. Scales stay. What is left on the layer is the circuit, its inputs, and which value
     each weight takes; weights are computed when an archive is loaded. That saves reads from memory where every weight
     has a wire of its own (see ``lightning_compress.cgp.break_even``). A file does not get smaller: to say which value a
-    weight takes needs as many bits as the weight; the report counts both.
+    weight takes needs as many bits as the weight, and the circuit and its inputs (those of another layer once more)
+    come on top; the report counts both.
 
     Args:
         inputs: what circuits compute from: "layer:NAME" (all weights of another layer), "core:SIZE" (the centre of

@@ -97,6 +97,7 @@ def execute(path: str | os.PathLike[str], run: int, every: float = SAVED) -> Out
         if not free:
             return Outcome(folder.path, run, "running", "another process works on it")
         state, warning = None, ""
+        _tidy(folder, run)
         try:
             state = load(folder, run)
         except DamagedState as error:
@@ -104,6 +105,14 @@ def execute(path: str | os.PathLike[str], run: int, every: float = SAVED) -> Out
         if state is not None and state.finished:
             return Outcome(folder.path, run, "skipped")
         return Outcome(folder.path, run, "finished", _work(folder, run, state, every) or warning)
+
+
+def _tidy(folder: Folder, run: int) -> None:
+    """Remove what a process that was killed had not written to the end."""
+    places = Folder.state, Folder.statistics, Folder.chromosome, Folder.weights, Folder.front
+    for path in (place(folder, run) for place in places):
+        for part in path.parent.glob(f".{path.name}.*tmp"):
+            part.unlink()
 
 
 def _work(folder: Folder, run: int, state: State | None, every: float) -> str:

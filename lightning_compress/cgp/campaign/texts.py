@@ -89,6 +89,8 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
         ValueError: a setting that this version does not have, or a value out of its range.
     """
     given, table = dict(values), None
+    if isinstance(given.get("functions"), list):
+        given["functions"] = tuple(given["functions"])
     if given.get("energy") is not None:
         operations = (
             Operation(number, name, energy, delay, math.nan if area is None else area)

@@ -48,8 +48,8 @@ def all_layers(
     Examples:
         >>> from lightning_compress.cgp.presets import all_layers
         >>> net = compress(models.build("lenet5"), [Quantize(8)]).model
-        >>> [(e.problem.inputs.shape, e.problem.weights) for e in all_layers(net)]
-        [((2, 864), 1632)]
+        >>> [(e.problem.inputs.shape, e.problem.loaded, e.problem.weights) for e in all_layers(net)]
+        [((2, 864), 918, 1632)]
     """
     found = layers_of(model, layers)
     parts = [Choice("core", size=core).select(f.name, f.values) for f in found]
@@ -57,6 +57,7 @@ def all_layers(
         [p.inputs for p in parts],
         [f.flat[p.positions] for f, p in zip(found, parts, strict=True)],
         multiplex=multiplex,
+        loaded=sum(p.loaded for p in parts),  # each data set has its own
     )
     places = [Place(f.key, p.positions) for f, p in zip(found, parts, strict=True)]
     return at_thresholds("all_layers", problem, places, thresholds, settings, runs)
