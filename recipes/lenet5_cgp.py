@@ -41,6 +41,21 @@ PUBLISHED = (
 )
 CIRCUITS = ["experiment", "RMS error", "MSE", "gates", "pJ", "delay", "depth", "generations", "seconds"]
 CIRCUITS += ["top-1 % int8", "top-1 % after"]
+ENERGIES = [
+    "pJ, SRAM",
+    "saved",
+    "circuit",
+    "inputs",
+    "net",
+    "inputs read anyhow",
+    "read coded",
+    "indexed, best",
+]
+ENERGIES += ["paid pJ/byte"]
+CAVEAT = (
+    "Per inference; a byte costs 1.25 pJ from SRAM and 160 from DRAM. Simulated, and about memory traffic alone: a "
+    "synthesizer ties constants off for nothing."
+)
 SIZES = ["experiment", "weights", "computed", "inputs read", "bytes as int8", "bytes as circuit"]
 PLAIN = argparse.Namespace(augment=0.0)  # images as they are
 
@@ -117,10 +132,20 @@ def export(circuit: cgp.Circuit, inputs: npt.ArrayLike, path: Path) -> None:
         path.with_name(path.name + ending).write_text(content, encoding="utf-8")
 
 
+def energy(problem: cgp.Problem, cost: cgp.CircuitCost, int8_bytes: int) -> list[float]:
+    """A row of the table of energies; the inputs of layer_bypass are read for their own layer anyhow."""
+    unrolled = cgp.break_even(problem, cost, coded_bytes=int8_bytes, already_loaded=problem.loaded)
+    indexed = cgp.break_even(problem, cost, wiring="indexed")
+    coded = unrolled.coded_net_pj or (math.nan, math.nan)
+    net = unrolled.net_pj[1], unrolled.shared_net_pj[1], coded[1], indexed.net_pj[1]
+    return [unrolled.saved_pj, unrolled.circuit_pj, unrolled.inputs_pj, *net, unrolled.pj_per_byte[0]]
+
+
 def run(net: nn.Module, judge: tuple[Tensor, Tensor], options: argparse.Namespace) -> None:
     """Evolve, write, read back, judge."""
     out, before = options.output_dir, 100 * accuracy(net, *judge)
     circuits: list[list[Any]] = []
+    energies: list[list[Any]] = []
     sizes: list[list[Any]] = []
     for experiment in experiments(net, options):
         name, problem = experiment.name, experiment.problem
@@ -138,10 +163,13 @@ def run(net: nn.Module, judge: tuple[Tensor, Tensor], options: argparse.Namespac
         errors = result.rms, result.rms**2
         costs = cost.gate_count, cost.energy_pj, cost.delay, cost.depth
         circuits.append([name, *errors, *costs, result.generations, seconds, before, after])
+        energies.append([name, *energy(problem, cost, int8_bytes)])
         sizes.append([name, problem.weights, problem.computed, problem.loaded, int8_bytes, circuit_bytes])
         print(f"{name}: RMS error {result.rms:.3g}, {cost.gate_count} gates, {seconds:.1f} s", flush=True)
     print(text(CIRCUITS, circuits))
     print(PUBLISHED)
+    print(text(ENERGIES, energies))
+    print(CAVEAT)
     print(text(SIZES, sizes))
 
 

@@ -21,32 +21,46 @@ def cost(energy: float) -> CircuitCost:
 
 
 def test_by_hand() -> None:
-    """Ten weights: four are inputs, six are computed and take three values; one of three inputs is a constant."""
+    """Ten weights, four of them with the value of an input; one of three inputs is a constant; six values in all."""
     problem = Problem.of([[1, 2, 0]], [[1, 2, 0, 0, 10, 10, 10, 20, 20, 30]], loaded=2)
     found = break_even(problem, cost(0.5), reads=4, coded_bytes=5, already_loaded=1)
-    assert (found.computed, found.wired, found.loaded) == (6, 4, 2)
-    assert found.saved_pj == 6 * 4 * 1.25 == 30.0
+    assert (found.weights, found.wired, found.loaded) == (10, 4, 2)
+    assert found.saved_pj == 10 * 4 * 1.25 == 50.0
     assert found.inputs_pj == 2 * 4 * 1.25 == 10.0
     assert found.selection_pj == (0.0, 0.0) and found.paid_pj == (10.5, 10.5)
-    assert found.net_pj == (19.5, 19.5) and found.shared_net_pj == (24.5, 24.5)
-    assert found.pj_per_byte == (10.5 / 24, 10.5 / 24)
-    assert found.pays_from_pj_per_byte == (0.5 / 16, 0.5 / 16)
-    assert found.coded_saved_pj == 5 * 6 / 10 * 4 * 1.25 == 15.0
-    assert found.coded_net_pj == (4.5, 4.5) and found.coded_pj_per_byte == (10.5 / 12, 10.5 / 12)
+    assert found.net_pj == (39.5, 39.5) and found.shared_net_pj == (44.5, 44.5)
+    assert found.pj_per_byte == (10.5 / 40, 10.5 / 40)
+    assert found.pays_from_pj_per_byte == (0.5 / 32, 0.5 / 32)
+    assert found.coded_saved_pj == 5 * 4 * 1.25 == 25.0
+    assert found.coded_net_pj == (14.5, 14.5) and found.coded_pj_per_byte == (10.5 / 20, 10.5 / 20)
 
     indexed = break_even(problem, cost(0.5), reads=4, wiring="indexed", memory="dram")
-    index = 6 * 2 / 8 * 4 * 160  # six weights, two bits for three values
-    assert indexed.index_pj == index == 960.0
+    index = 10 * 3 / 8 * 4 * 160  # ten weights, three bits for six values
+    assert indexed.index_pj == index == 2400.0
     assert indexed.choice_pj == (
-        pytest.approx(6 * math.log2(3) * 4 * 0.014),
-        pytest.approx(6 * 2 * 4 * 0.014),
+        pytest.approx(10 * math.log2(6) * 4 * 0.014),
+        pytest.approx(10 * 5 * 4 * 0.014),
     )
-    assert indexed.paid_pj[1] == pytest.approx(0.5 + 8 * 160 + 960 + 0.672)
+    assert indexed.paid_pj[1] == pytest.approx(0.5 + 8 * 160 + 2400 + 2.8)
     assert indexed.net_pj == (
-        pytest.approx(3840 - indexed.paid_pj[1]),
-        pytest.approx(3840 - indexed.paid_pj[0]),
+        pytest.approx(6400 - indexed.paid_pj[1]),
+        pytest.approx(6400 - indexed.paid_pj[0]),
     )
     assert indexed.coded_net_pj is None and indexed.coded_pj_per_byte is None
+
+
+def test_weights_that_are_inputs_gain_nothing() -> None:
+    """Two of five weights are read and give the others: three are saved, whoever else has their values."""
+    problem = Problem.of([[7, 9]], [[7, 9, 7, 9, 7]])
+    assert break_even(problem, cost(0.0)).net_pj == (3 * 1.25, 3 * 1.25)
+    every = Problem.of([[7, 9]], [[7, 9]])
+    assert break_even(every, cost(0.0)).net_pj == (0.0, 0.0)
+
+
+def test_data_sets_are_evaluated_one_after_the_other() -> None:
+    problem = Problem.of([[1, 2], [3]], [[4], [5, 6]])
+    found = break_even(problem, cost(0.5))
+    assert (found.loaded, found.circuit_pj, found.saved_pj) == (3, 1.0, 3 * 1.25)
 
 
 def test_table_in_words() -> None:
@@ -55,8 +69,8 @@ def test_table_in_words() -> None:
         break_even(problem, cost(0.5), wiring="indexed", reads=3, coded_bytes=3, already_loaded=2)
     ).splitlines()
     cells = {line[2:].split("  ")[0]: line.split("  ")[-1] for line in text[1:-2]}
-    assert text[0] == "pJ per inference, each weight read 3 times; weights that are inputs themselves: 1"
-    assert cells["saved: computed weights not read, 3"].strip() == "11.25"
+    assert text[0] == "pJ per inference, each weight read 3 times; weights that take the value of an input: 1"
+    assert cells["saved: weights not read one by one, 4"].strip() == "15"
     assert cells["paid: inputs read, 2"].strip() == "7.5"
     assert "net, with 2 inputs read anyhow" in cells and "paid per entropy-coded byte" in cells
     assert any("(sram 1.25; SRAM 1.25, DRAM 160)" in line for line in text)
@@ -86,13 +100,11 @@ def test_rules(problem: Problem, energy: float, reads: int, memory: str) -> None
     for found in (unrolled, indexed, shared):
         assert found.net_pj[0] <= found.net_pj[1] and found.shared_net_pj[0] >= found.net_pj[0]
         assert found.coded_net_pj is not None and found.coded_net_pj[1] <= found.net_pj[1]
-        # weights that are inputs are not saved, whatever else is counted
-        inputs = sum(int((wires < problem.inputs.shape[1]).sum()) for wires in problem.wires)
-        assert found.saved_pj == pytest.approx((problem.weights - inputs) * reads * found.memory_pj_per_byte)
+        assert found.saved_pj == pytest.approx(problem.weights * reads * found.memory_pj_per_byte)
         for net, price in zip(found.net_pj, found.pj_per_byte[::-1], strict=True):
             if abs(net) > 1e-6:
                 assert (net > 0) == (price < found.memory_pj_per_byte)
-    assert shared.shared_net_pj == pytest.approx((shared.saved_pj - energy,) * 2)
+    assert shared.shared_net_pj == pytest.approx((shared.saved_pj - 2 * energy,) * 2)
 
 
 @given(problems, st.floats(0.001, 100), st.integers(1, 5))
@@ -106,15 +118,14 @@ def test_at_the_price_from_which_it_pays_nothing_is_gained(
             0, abs=1e-9
         )
     else:
-        assert problem.computed <= problem.loaded
+        assert problem.weights <= problem.loaded
 
 
 def test_nothing_computed() -> None:
     found = break_even(Problem.of([[1, 2]], [[2, 1]]), cost(0.0), wiring="indexed")
-    assert found.net_pj == (-2.5, -2.5) and found.pj_per_byte == found.pays_from_pj_per_byte == (
-        math.inf,
-        math.inf,
-    )
+    index = 2 / 8 * 1.25 + 2 * 0.014  # two weights, one bit each, one multiplexer each
+    assert found.net_pj == (pytest.approx(-index), pytest.approx(-index))
+    assert found.pays_from_pj_per_byte == (math.inf, math.inf)
     assert "inf" in str(found) and isinstance(found, BreakEven)
 
 

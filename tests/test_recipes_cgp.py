@@ -65,14 +65,14 @@ def test_lenet_files_are_what_the_tables_say(
         ["--thresholds", "0", "40"] if multiplexed else ["--thresholds", "40", "--presets", "layer_bypass"]
     )
     lenet.main([*SMALL, *way, *presets, "--dense-epochs", "2", "--output-dir", "out"])
-    circuits, sizes = tables(capsys.readouterr().out)
+    circuits, energies, sizes = tables(capsys.readouterr().out)
     names = [
         "layer_bypass_conv1_conv2_t0",
         "layer_bypass_conv1_conv2_t40",
         "le_selector_t0",
         "le_selector_t0.0655744",
     ]
-    assert list(circuits) == list(sizes) == (names if multiplexed else names[1:2])
+    assert list(circuits) == list(energies) == list(sizes) == (names if multiplexed else names[1:2])
     data = lenet.read(None)
     before = lc.load("out/int8.lcz", into=lc.models.LeNet5()).eval()
     for name, row in circuits.items():
@@ -100,6 +100,12 @@ def test_lenet_files_are_what_the_tables_say(
             assert not info.stale and number(sizes[name][column]) == stored
         kinds = {t.name: t.kind for t in lc.inspect(f"out/{name}.lcz").tensors}
         assert all(kinds[f"{x}.weight"] == "circuit" for x in layers) and kinds["fc1.weight"] == "affine"
+        row, count = energies[name], number(sizes[name]["computed"])
+        paid = number(row["circuit"]) + number(row["inputs"])
+        assert number(row["saved"]) == pytest.approx(1.25 * count, rel=1e-3)
+        assert number(row["net"]) == pytest.approx(1.25 * count - paid, rel=1e-3)
+        assert number(row["paid pJ/byte"]) == pytest.approx(paid / count, rel=1e-3)
+        assert number(row["indexed, best"]) < number(row["read coded"]) < number(row["net"])
         assert number(sizes[name]["inputs read"]) == (150 if "bypass" in name else 0)
     if multiplexed:
         assert float(circuits[names[0]]["RMS error"]) == float(circuits[names[2]]["RMS error"]) == 0
@@ -138,7 +144,7 @@ def test_lenet_of_a_pack_and_a_checkpoint(lenet: ModuleType, capsys: pytest.Capt
         "layer_bypass",
     ]
     lenet.main([*argv, *SMALL[4:], "--output-dir", "out"])
-    (circuits, _) = tables(capsys.readouterr().out)
+    circuits, _, _ = tables(capsys.readouterr().out)
     assert [name.rpartition("_t")[2] for name in circuits] == [
         "250",
         "150",

@@ -26,8 +26,8 @@ class BreakEven:
     """Energies of one inference, in pJ; pairs are a lower and an upper bound.
 
     Args:
-        computed: weights that the circuit gives.
-        wired: weights that are inputs; neither saved nor paid for beyond the loading of these inputs.
+        weights: that are not read one by one: gates give them, or they take the value of an input.
+        wired: those of them that take the value of an input.
         loaded: inputs that are read from memory.
         already_loaded: those of them that are read for a layer of their own anyhow.
         reads: how often each weight and input is read.
@@ -35,15 +35,15 @@ class BreakEven:
         memory: "sram" or "dram".
         memory_pj_per_byte: price of reading there.
         prices: pJ per byte of SRAM and DRAM.
-        saved_pj: reading the computed weights.
-        circuit_pj: all gates.
+        saved_pj: reading the weights.
+        circuit_pj: all gates, once for every data set.
         inputs_pj: reading all loaded inputs.
         index_pj: reading which value each weight takes.
         choice_pj: multiplexers that choose it.
-        coded_saved_pj: reading the computed weights entropy-coded; None: unknown.
+        coded_saved_pj: reading the weights entropy-coded; None: unknown.
     """
 
-    computed: int
+    weights: int
     wired: int
     loaded: int
     already_loaded: int
@@ -92,8 +92,8 @@ class BreakEven:
 
     @property
     def pj_per_byte(self) -> Range:
-        """Paid for each computed weight and read: below the price of the memory, the circuit pays."""
-        return _each(self.paid_pj, self.computed * self.reads)
+        """Paid for each weight and read: below the price of the memory, the circuit pays."""
+        return _each(self.paid_pj, self.weights * self.reads)
 
     @property
     def coded_pj_per_byte(self) -> Range | None:
@@ -118,7 +118,7 @@ class BreakEven:
         times = "once" if self.reads == 1 else f"{self.reads:,} times"
         beside = f"   ({self.memory} {self.memory_pj_per_byte:g}; SRAM {sram:g}, DRAM {dram:g})"
         rows: list[tuple[str, str]] = [
-            (f"saved: computed weights not read, {self.computed:,}", _number(self.saved_pj)),
+            (f"saved: weights not read one by one, {self.weights:,}", _number(self.saved_pj)),
             ("paid: circuit", _number(self.circuit_pj)),
             (f"paid: inputs read, {self.loaded:,}", _number(self.inputs_pj)),
             (f"paid: selection, {self.wiring} wiring", _span(self.selection_pj)),
@@ -129,14 +129,12 @@ class BreakEven:
         if self.coded_saved_pj is not None and self.coded_net_pj and self.coded_pj_per_byte:
             rows.append(("saved, if weights were read entropy-coded", _number(self.coded_saved_pj)))
             rows.append(("net, if weights were read entropy-coded", _span(self.coded_net_pj)))
-        rows.append(("paid per computed byte", _span(self.pj_per_byte) + beside))
+        rows.append(("paid per weight", _span(self.pj_per_byte) + beside))
         if self.coded_pj_per_byte:
             rows.append(("paid per entropy-coded byte", _span(self.coded_pj_per_byte) + beside))
         rows.append(("pays from a memory price per byte of", _span(self.pays_from_pj_per_byte)))
         width = max(len(label) for label, _ in rows)
-        head = (
-            f"pJ per inference, each weight read {times}; weights that are inputs themselves: {self.wired:,}"
-        )
+        head = f"pJ per inference, each weight read {times}; weights that take the value of an input: {self.wired:,}"
         return "\n".join([head, *(f"  {label:<{width}}  {value}" for label, value in rows), _CAVEAT])
 
 
@@ -153,10 +151,10 @@ def break_even(
 ) -> BreakEven:
     """Energy that computing weights saves, and what it costs instead.
 
-    ``net = N r e - (circuit + n r e + selection)`` with N weights that the circuit gives, n inputs that are loaded,
-    r reads, and e pJ for reading a byte. In an unrolled array a wire leads to each weight, and selection is free. With
-    one weight in a cycle, its index is read, ``ceil(log2 V)`` bits for V values, and ``log2 V`` to ``V - 1``
-    multiplexers of two bytes choose the value. Weights that are inputs are never counted as saved.
+    ``net = N r e - (circuit + n r e + selection)`` with N weights, n inputs that are loaded, r reads, and e pJ for
+    reading a byte. In an unrolled array a wire leads to each weight, and selection is free. With one weight in a cycle,
+    its index is read, ``ceil(log2 V)`` bits for V values, and ``log2 V`` to ``V - 1`` multiplexers of two bytes choose
+    the value. Inputs are always paid for: a weight that is itself an input gains nothing.
 
     Args:
         problem: what the circuit is for.
@@ -181,14 +179,14 @@ def break_even(
         >>> problem = Problem.of([[3]], [[12, -116, 12, 12]])  # four bytes from one
         >>> circuit = CircuitCost(energy_pj=0.0005, area_um2=0.0, delay=0.05, depth=2, gate_count=2)
         >>> print(break_even(problem, circuit))
-        pJ per inference, each weight read once; weights that are inputs themselves: 0
-          saved: computed weights not read, 4   5
-          paid: circuit                         0.0005
-          paid: inputs read, 1                  1.25
-          paid: selection, unrolled wiring      0
-          net                                   3.7495
-          paid per computed byte                0.312625   (sram 1.25; SRAM 1.25, DRAM 160)
-          pays from a memory price per byte of  0.000166667
+        pJ per inference, each weight read once; weights that take the value of an input: 0
+          saved: weights not read one by one, 4  5
+          paid: circuit                          0.0005
+          paid: inputs read, 1                   1.25
+          paid: selection, unrolled wiring       0
+          net                                    3.7495
+          paid per weight                        0.312625   (sram 1.25; SRAM 1.25, DRAM 160)
+          pays from a memory price per byte of   0.000166667
         A hardware synthesizer ties off constants for nothing, too: the comparison is about memory traffic,
         and it is simulated.
 
@@ -216,9 +214,9 @@ def break_even(
     multiplexer = reads * table[_MULTIPLEXER].energy_pj
     coded = None
     if coded_bytes is not None:
-        coded = coded_bytes * problem.computed / problem.weights * read
+        coded = coded_bytes * read
     return BreakEven(
-        computed=problem.computed,
+        weights=problem.weights,
         wired=problem.weights - problem.computed,
         loaded=problem.loaded,
         already_loaded=already_loaded,
@@ -227,8 +225,8 @@ def break_even(
         memory=memory,
         memory_pj_per_byte=price,
         prices=prices,
-        saved_pj=problem.computed * read,
-        circuit_pj=cost.energy_pj,
+        saved_pj=problem.weights * read,
+        circuit_pj=cost.energy_pj * problem.datasets,
         inputs_pj=problem.loaded * read,
         index_pj=bits / 8 * read,
         choice_pj=(fewest * multiplexer, most * multiplexer),
@@ -237,14 +235,14 @@ def break_even(
 
 
 def _selection(problem: Problem) -> tuple[int, float, int]:
-    """Bits of the indices of all computed weights, and how many multiplexers choose their values at least and most."""
+    """Bits of the indices of all weights, and how many multiplexers choose their values at least and most."""
     bits, fewest, most = 0, 0.0, 0
-    for targets, counts in zip(problem.targets, problem.counts, strict=True):
-        weights, values = int(counts.sum()), len(np.unique(targets[counts > 0]))
+    for row in problem.decode(problem.targets):
+        values = len(np.unique(row))
         if values:
-            bits += weights * (values - 1).bit_length()
-            fewest += weights * math.log2(values)
-            most += weights * (values - 1)
+            bits += len(row) * (values - 1).bit_length()
+            fewest += len(row) * math.log2(values)
+            most += len(row) * (values - 1)
     return bits, fewest, most
 
 

@@ -94,7 +94,7 @@ class Problem:
         x = np.zeros((len(given), width), dtype=np.int8)
         for row, values in zip(x, given, strict=True):
             row[: len(values)] = values
-        count = width if loaded is None else loaded
+        count = sum(map(len, given)) if loaded is None else loaded
         return cls._multiplexed(x, wanted, count) if multiplex else cls._direct(x, wanted, count)
 
     @classmethod
