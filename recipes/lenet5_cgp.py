@@ -3,7 +3,27 @@
     python recipes/lenet5_cgp.py
     python recipes/lenet5_cgp.py --data mnist.npz --checkpoint lenet5_mnist.safetensors
 
-Not measured yet.
+Measured on MNIST with 5,000 test images (the ``.npz`` pack: half of the test set, one image is 0.02 points): LeNet-5,
+int8 with one scale for each layer after one epoch of training as rounded, 99.30 / 99.26 / 99.28 % with seeds 0 / 1 / 2.
+One run each. Energies are counted from a table that is mostly estimated; seconds are those of one evolution:
+
+    threshold   RMS error        gates        pJ             seconds  top-1 after             bytes as circuit
+    layer_bypass, conv1 (150 weights) -> conv2 (2,400 weights, 2,154 / 2,153 / 2,152 bytes as int8)
+    0           0                84  90  92   0.010          1        99.30  99.26  99.28     2,293  2,303  2,298
+    1           0.19             64  67  67   0.0005         1-2      99.30  99.28  99.28     2,251  2,257  2,249
+    5           0.21-0.23        59  61  62   0              2-3      99.30  99.26  99.26     2,233  2,241  2,235
+    11          0.24-0.26        59  53  58   0              2-6      99.30  99.26  99.26     2,234  2,230  2,222
+    le_selector, a constant -> conv1 and conv2 (2,550 weights, 2,292 / 2,291 / 2,290 bytes as int8)
+    0           0                203 207 210  0.024          2-4      99.30  99.26  99.28     2,658  2,674  2,667
+    0.0656      MSE 0.0039       203 204 206  0.021-0.023    2-4      99.30  99.26  99.26     2,659  2,682  2,670
+    published   MSE 0.0043; all 256 values: 298 gates, 1.71 in units of their own
+
+Files with circuits are longer, for which value a weight takes needs as many bits as the weight. Not reading 2,400 bytes
+from SRAM is 3,000 pJ, and reading 150 inputs 188; but with one weight in a cycle each reads an index of 8 bits, and the
+circuit loses 439 pJ. With ``--seed-circuit random --seconds 25`` (seed 0) le_selector at 0 ends with MSE 1.1, 413 gates
+and 9.1 pJ: the built circuit that evolution starts from does the work.
+
+Machine: 2 shared cores of an Intel Xeon at 2.1 GHz, CPU only. Python 3.11, torch 2.15.0, lightning 2.6.6, numba 0.68.
 """
 
 from __future__ import annotations
@@ -13,7 +33,6 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +43,10 @@ from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 
 import lightning_compress as lc
-from lightning_compress import cgp, codes
+from lightning_compress import cgp
 from lightning_compress.cgp import presets
-from lightning_compress.cgp.codes import CircuitCode
 from lightning_compress.cgp.experiments import Experiment
-from lightning_compress.cgp.integers import all_int8, weight_of
+from lightning_compress.cgp.writing import write
 from lightning_compress.checkpoints import load_weights
 from lightning_compress.tables import text
 
@@ -99,19 +117,8 @@ def until(seconds: float) -> Callable[[cgp.Evolution], bool]:
 
 def computed(net: nn.Module, experiment: Experiment, circuit: cgp.Circuit) -> nn.Module:
     """A copy whose weights are what a circuit gives; an archive of it holds the circuit instead of the integers."""
-    small, problem = copy.deepcopy(net), experiment.problem
-    layers = {key: rest for key, *rest in all_int8(small)}
-    integers = {key: values for key, (_, _, values, _) in layers.items()}
-    alone = cgp.Circuit(
-        circuit.genome, replace(circuit.grid, datasets=1)
-    )  # without multiplexers it is one for each
-    written = experiment.written(integers, problem.outputs(circuit))
-    for place, inputs in zip(experiment.places, problem.inputs, strict=True):
-        module, param, _, base = layers[place.key]
-        values, weight = written[place.key], getattr(module, param)
-        with torch.no_grad():
-            weight.copy_(weight_of(base, values, weight.dtype)[0])
-        codes.attach(module, param, CircuitCode.of(base, alone, inputs, values, problem.loaded))
+    small = copy.deepcopy(net)
+    write(small, experiment, circuit)
     return small
 
 

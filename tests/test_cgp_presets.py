@@ -87,7 +87,10 @@ def test_sizes_are_those_of_the_known_experiments():
     [selector] = presets.le_selector(lenet())
     assert (selector.problem.loaded, selector.problem.weights) == (0, 2550)
     assert not selector.problem.inputs.any() and selector.problem.inputs.shape[1] == 1
-    assert not set(SELECTING) & set(selector.settings.ids(selector.problem.datasets))
+    assert selector.problem.datasets == 1 and [p.key for p in selector.places] == [
+        "conv1.weight",
+        "conv2.weight",
+    ]
 
     [both] = presets.all_layers(lenet())
     sizes = [(9 * len(kernels(f"{n}.weight")), 16 * len(kernels(f"{n}.weight"))) for n in ("conv1", "conv2")]
@@ -156,7 +159,7 @@ def test_other_models_by_name():
         (lambda m: presets.layer_bypass(m, outputs="conv1"), "both the 150 weights of conv1"),
         (lambda m: presets.layer_bypass(m, thresholds=[]), "at least one"),
         (lambda m: presets.layer_bypass(m, thresholds=[-1]), "error_threshold=-1"),
-        (lambda m: presets.layer_bypass(m, runs=0), "0 runs"),
+        (lambda m: presets.layer_bypass(m, runs=0), "runs=0"),
         (lambda m: presets.all_layers(m, core=5), "side 5 .* 5 x 5 kernels of conv1; allowed: 1, 3"),
         (lambda m: presets.all_layers(m, core=2), "allowed: 1, 3"),
         (lambda m: presets.all_layers(m, layers=["fc1"]), r"fc1 of shape \(120, 400\) has no kernels"),

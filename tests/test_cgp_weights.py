@@ -339,13 +339,13 @@ def test_the_report_counts_both_ways_of_storing():
 
 @pytest.mark.parametrize("inputs", CHOICES)
 def test_the_balance_of_an_evolved_layer(inputs):
-    """Counted from the integers: what is read, and what nobody reads."""
+    """Counted from the integers: which values are read."""
     model = evolved(inputs).model
     code, weight = codes.read(model.conv2, "weight"), model.conv2.weight
     balance = break_even(code.problem(weight), code.cost())
     given, values = set(code.given.tolist()), find_int8(built(), "conv2")[1].reshape(-1).tolist()
-    assert balance.computed == sum(v not in given for v in values)
-    assert balance.computed + balance.wired == 2400 and balance.circuit_pj == code.cost().energy_pj
+    assert balance.wired == sum(v in given for v in values)
+    assert balance.weights == 2400 and balance.circuit_pj == code.cost().energy_pj
     assert balance.loaded == (0 if inputs == "constants" else len(given))
 
 

@@ -98,6 +98,12 @@ CASES = [
     Case(tuple(lc.ShareWeights("hash", ratio=r) for r in (0.5, 0.25)), None, {"strategy": "hash"}, ("net",)),
     Case((lc.ShareWeights("adaptive", ratio=0.3),), None, {"strategy": "adaptive"}, ("net",)),
     Case(tuple(lc.Narrow(r, minimum=2, tolerance=0.3) for r in (0.8, 0.6)), lc.Narrow(1.0), None, ("net",)),
+    Case(
+        tuple(lc.EvolveWeights(error_threshold=t, rows=16, generations=20) for t in (0.0, 4.0)),
+        None,
+        {},
+        ("integers",),
+    ),
     Case((ReestimateBatchNorm(samples=32),), ReestimateBatchNorm(momentum=0.0)),
 ]
 
@@ -184,7 +190,12 @@ def operators() -> nn.Module:
     return net
 
 
-MODELS = {"net": Net, "operators": operators}
+def integers() -> nn.Module:
+    """Integers of 8 bits, which circuits compute."""
+    return lc.compress(Net().eval(), [lc.Quantize(8)]).model
+
+
+MODELS = {"net": Net, "operators": operators, "integers": integers}
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 DATA = [torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(6))]
 
@@ -230,10 +241,10 @@ def run(transform, m, **options):
 
 def test_plan_writes_nothing(case, kind):
     m = model(kind)
-    before, hooks = copy.deepcopy(m), [len(x._forward_hooks) for x in m.modules()]
+    before, held, hooks = copy.deepcopy(m), list(codes.of(m)), [len(x._forward_hooks) for x in m.modules()]
     rng = torch.random.get_rng_state()
     case.levels[-1].plan(m, lc.stats.Calibration(X, DATA))
-    assert same(m, before) and not list(codes.of(m)) and torch.equal(rng, torch.random.get_rng_state())
+    assert same(m, before) and list(codes.of(m)) == held and torch.equal(rng, torch.random.get_rng_state())
     assert hooks == [len(x._forward_hooks) for x in m.modules()] and not m.training
 
 
@@ -271,7 +282,10 @@ def test_forward_runs_and_strength_counts(case, kind):
     m = model(kind)
     results = [run(t, m) for t in case.levels]
     assert all(torch.isfinite(r.model(X)).all() for r in results)
-    bits = [r.before.bits for r in results[:1]] + [r.after.bits for r in results]
+    grows = isinstance(
+        case.levels[0], lc.EvolveWeights
+    )  # indices take what integers took, and there is a circuit
+    bits = [r.before.bits for r in results[: 0 if grows else 1]] + [r.after.bits for r in results]
     assert bits == sorted(bits, reverse=True)
 
 
@@ -301,7 +315,7 @@ def test_excluded_layers_are_untouched(case, kind):
     m = model(kind)
     if not hasattr(case.levels[-1], "exclude"):  # all layers by one factor
         return
-    part = {"net": "up", "operators": "3"}[kind]
+    part = "3" if kind == "operators" else "up"
     t = type(case.levels[-1])(**{**vars(case.levels[-1]), "exclude": part})
     try:
         after = run(t, m).model

@@ -4,6 +4,8 @@ import ast
 import importlib
 import math
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -100,12 +102,12 @@ def test_lenet_files_are_what_the_tables_say(
             assert not info.stale and number(sizes[name][column]) == stored
         kinds = {t.name: t.kind for t in lc.inspect(f"out/{name}.lcz").tensors}
         assert all(kinds[f"{x}.weight"] == "circuit" for x in layers) and kinds["fc1.weight"] == "affine"
-        row, count = energies[name], number(sizes[name]["computed"])
+        row, count = energies[name], number(sizes[name]["weights"])
         paid = number(row["circuit"]) + number(row["inputs"])
         assert number(row["saved"]) == pytest.approx(1.25 * count, rel=1e-3)
         assert number(row["net"]) == pytest.approx(1.25 * count - paid, rel=1e-3)
         assert number(row["paid pJ/byte"]) == pytest.approx(paid / count, rel=1e-3)
-        assert number(row["indexed, best"]) < number(row["read coded"]) < number(row["net"])
+        assert number(row["indexed, best"]) < number(row["net"]) <= number(row["inputs read anyhow"])
         assert number(sizes[name]["inputs read"]) == (150 if "bypass" in name else 0)
     if multiplexed:
         assert float(circuits[names[0]]["RMS error"]) == float(circuits[names[2]]["RMS error"]) == 0
@@ -120,8 +122,13 @@ def test_lenet_exports_give_the_weights(lenet: ModuleType) -> None:
     exec(Path("out/le_selector_t0.py").read_text(), scope)
     values = {0, *scope["weights"]([0])}  # type: ignore[operator]
     assert {int(v) for x in ("conv1", "conv2") for v in np.unique(integers(net, x))} <= values
-    wanted = Path("out/le_selector_t0_test.v").read_text()
-    assert wanted.count("!==") == 2 * len(scope["weights"]([0]))  # type: ignore[operator]
+    assert len(values) > 100
+    if shutil.which("iverilog"):
+        files = [f"out/le_selector_t0{end}.v" for end in ("", "_test")]
+        subprocess.run(["iverilog", "-o", "simulation", *files], check=True)
+        assert (
+            "PASS" in subprocess.run(["vvp", "simulation"], check=True, capture_output=True, text=True).stdout
+        )
 
 
 def test_lenet_of_a_pack_and_a_checkpoint(lenet: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,7 +73,7 @@ def derive(
     *,
     levels: int,
     gate_pj: float = 0.0,
-    plain: bool = False,
+    way: str = "dense",
 ) -> Derivation:
     """Compute some values from others, with little energy in all.
 
@@ -88,7 +88,8 @@ def derive(
         table: costs.
         levels: longest chain of operations, >= 1.
         gate_pj: price of every operation beside its energy, >= 0: the higher, the fewer there are.
-        plain: add the cheapest value that one operation gives, needed or not, until all needed ones are there.
+        way: "dense", as said above; "plain": add the cheapest value that one operation gives, needed or not, until all
+            needed ones are there; "shallow": whatever so many levels lead to is there, for more energy.
 
     Returns:
         The derivation; wanted values that cannot be had have level -1. Nothing is in it that no wanted value needs.
@@ -112,19 +113,11 @@ def derive(
         for ids in (ops.constants[:, 1], ops.unary_ids, ops.binary_ids)
     )
     near = _near(ops.unary, unary_costs < _UNIT)
-    function, a, b, level = _search(
-        there,
-        wanted,
-        near,
-        ops.constants,
-        ops.unary,
-        ops.binary,
-        constant_costs,
-        unary_costs,
-        binary_costs,
-        levels,
-        plain,
-    )
+    tables = ops.constants, ops.unary, ops.binary, constant_costs, unary_costs, binary_costs
+    if way == "shallow":
+        function, a, b, level = _shallow(there, wanted, *tables, levels)
+    else:
+        function, a, b, level = _search(there, wanted, near, *tables, levels, way == "plain")
     ids = np.concatenate([ops.constants[:, 1], ops.unary_ids, ops.binary_ids, [NONE]])
     return Derivation(ids[function], a, b, level)
 
@@ -169,7 +162,7 @@ def _search(
     pair_cost, pair_level = np.full(256, _NEVER), np.full(256, _NEVER)
     pair = np.full((3, 256), -1, np.int64)
     cost, depth = np.empty(256, np.int64), np.empty(256, np.int64)
-    stack, order, count = np.empty(1024, np.int64), np.empty(256, np.int64), 0
+    stack = np.empty(1024, np.int64)
     least = _NEVER  # cost of an operation
     for costs in (constant_costs, unary_costs, binary_costs):
         for c in costs:
@@ -274,19 +267,115 @@ def _search(
                     above = max(above, level[b])
                 level[w] = above + 1
                 made[0, w], made[1, w], made[2, w] = by[0, w], a, b
-                order[count] = w
-                count += 1
                 _pairs(w, have, level, binary, binary_costs, first_binary, pair_cost, pair_level, pair)
+    _drop(wanted, made, level)
+    return made[0], made[1], made[2], level
+
+
+@compiled()
+def _drop(wanted: Array, made: Array, level: Array) -> None:
+    """Leave out what no wanted value needs: operands stand on lower levels."""
     needed = wanted.copy()
-    for i in range(count - 1, -1, -1):
-        w = order[i]
-        if needed[w]:
-            for part in (1, 2):
-                if made[part, w] >= 0:
-                    needed[made[part, w]] = True
-        else:
-            level[w] = -1
-            made[0, w], made[1, w], made[2, w] = -1, -1, -1
+    for depth in range(level.max(), 0, -1):
+        for w in range(256):
+            if level[w] == depth:
+                for part in (1, 2):
+                    if needed[w] and made[part, w] >= 0:
+                        needed[made[part, w]] = True
+                if not needed[w]:
+                    level[w] = -1
+                    made[0, w], made[1, w], made[2, w] = -1, -1, -1
+
+
+@compiled()
+def _shallow(
+    there: Array,
+    wanted: Array,
+    constants: Array,
+    unary: Array,
+    binary: Array,
+    constant_costs: Array,
+    unary_costs: Array,
+    binary_costs: Array,
+    levels: int,
+) -> tuple[Array, Array, Array, Array]:
+    """Every wanted value by the cheapest operation on what can be there one level before, the shallowest values first.
+
+    ``cost[l, v]`` is the least that v takes within l levels if nothing is shared; what is there already costs nothing.
+    A value that is needed earlier than it is there is derived once more, and only that stays.
+    """
+    first_unary, first_binary = len(constants), len(constants) + len(unary)
+    cost = np.full((levels + 1, 256), _NEVER)
+    last = levels
+    for v in range(256):
+        if there[v]:
+            cost[0, v] = 0
+    for depth in range(1, levels + 1):
+        before, now = cost[depth - 1], cost[depth]
+        now[:] = before
+        for k in range(len(constants)):
+            now[constants[k, 0]] = min(now[constants[k, 0]], constant_costs[k])
+        for a in range(256):
+            if before[a] >= _NEVER:
+                continue
+            for k in range(len(unary)):
+                now[unary[k, a]] = min(now[unary[k, a]], before[a] + unary_costs[k])
+            for b in range(256):
+                if before[b] < _NEVER:
+                    for k in range(len(binary)):
+                        w = binary[k, a, b]
+                        now[w] = min(now[w], before[a] + before[b] + binary_costs[k])
+        if (now == before).all():
+            last = depth
+            break
+    level, made = np.where(there, 0, -1), np.full((3, 256), -1, np.int64)
+    stack = np.empty((4 * levels + 4, 5), np.int64)  # value, most levels, function, operands
+    left = np.empty(256, np.int64)  # what a value as an operand adds
+    for depth in range(1, last + 1):
+        for target in range(256):
+            if not wanted[target] or cost[depth, target] >= _NEVER or cost[depth - 1, target] < _NEVER:
+                continue
+            stack[0, 0], stack[0, 1], stack[0, 2] = target, last, -1
+            top = 1
+            while top:
+                v, most, chosen = stack[top - 1, 0], stack[top - 1, 1], stack[top - 1, 2]
+                if 0 <= level[v] <= most:
+                    top -= 1
+                    continue
+                if chosen < 0:
+                    for u in range(256):
+                        left[u] = 0 if 0 <= level[u] < most else cost[most - 1, u]
+                    best, a, b = _NEVER, -1, -1
+                    for k in range(len(constants)):
+                        if constants[k, 0] == v and constant_costs[k] < best:
+                            best, chosen, a, b = constant_costs[k], k, -1, -1
+                    for u in range(256):
+                        if left[u] >= best:
+                            continue
+                        for k in range(len(unary)):
+                            if unary[k, u] == v and left[u] + unary_costs[k] < best:
+                                best, chosen, a, b = left[u] + unary_costs[k], first_unary + k, u, -1
+                        for w in range(256):
+                            if left[u] + left[w] >= best:
+                                continue
+                            for k in range(len(binary)):
+                                if binary[k, u, w] == v and left[u] + left[w] + binary_costs[k] < best:
+                                    best, chosen = left[u] + left[w] + binary_costs[k], first_binary + k
+                                    a, b = u, w
+                    stack[top - 1, 2], stack[top - 1, 3], stack[top - 1, 4] = chosen, a, b
+                a, b, ready, above = stack[top - 1, 3], stack[top - 1, 4], True, 0
+                for operand in (a, b):
+                    if operand >= 0 and not 0 <= level[operand] < most:
+                        stack[top, 0], stack[top, 1], stack[top, 2] = operand, most - 1, -1
+                        top += 1
+                        ready = False
+                    elif operand >= 0:
+                        above = max(above, level[operand])
+                if ready:
+                    top -= 1
+                    level[v] = above + 1
+                    made[0, v], made[1, v], made[2, v] = chosen, a, b
+    _drop(wanted, made, level)
     return made[0], made[1], made[2], level
 
 

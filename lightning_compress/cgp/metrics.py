@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -164,7 +163,7 @@ def check_origin(model: nn.Module, experiment: Experiment) -> None:
     """
     integers = {key: values.reshape(-1) for key, _, _, values, _ in all_int8(model)}
     wanted = experiment.problem.decode(experiment.problem.targets)
-    for place, values in zip(experiment.places, wanted, strict=True):
+    for place, _, values in experiment.located(wanted):
         there = integers.get(place.key)
         if there is None:
             continue  # said when weights are written

@@ -19,7 +19,16 @@ from lightning_compress.energy import EnergyTable
 Source = tuple[str, int]  # ("pin", number of an input) or ("value", v + 128)
 Need = tuple[Source, ...]  # what an output gives: one source, or those of even and odd data sets
 _PASSING = (WIRE, 8, 9)  # what gives x of x and x
-_PRICES = (0.002, 0.01, 0.05, 100.0)  # pJ of a gate, so that fewer are used, where a grid is small
+# How values are derived, and the price of a gate in pJ; those with a price are for small grids.
+_WAYS = (
+    ("dense", None),
+    ("plain", None),
+    ("dense", 0.002),
+    ("dense", 0.01),
+    ("dense", 0.05),
+    ("dense", 100.0),
+)
+_WAYS = (*_WAYS, ("shallow", 0.0), ("shallow", 0.01), ("shallow", 100.0))
 _MULTIPLEXER, _DEMULTIPLEXER = 27, 28
 
 
@@ -113,9 +122,11 @@ def adder(problem: Problem, grid: Grid, functions: Sequence[int], table: EnergyT
         raise ValueError(f"{grid} has {sizes} inputs, outputs and data sets; the problem has {asked}.")
     builder = _Builder(problem, grid, tuple(sorted(set(functions))), table)
     needs = builder.needs()
-    low, high, best = 0, len(needs), builder.build(needs)
+    low, high, best = 0, len(needs), None
+    if high <= grid.rows * grid.reach:  # pins that outputs can see
+        best = builder.build(needs)
     if best is None:
-        best = builder.build([])
+        high, best = min(high, grid.rows * grid.reach + 1), builder.build([])
         while high - low > 1:  # the longest row of most-used values that fits
             middle = (low + high) // 2
             found = builder.build(needs[:middle])
@@ -184,11 +195,11 @@ class _Builder:
     def build(self, needs: Sequence[Need]) -> Circuit | None:
         """The best circuit for some needs, as outputs; None: the grid is too small."""
         best, found = (math.inf, math.inf, 0), None
-        for price in (0.0, None, *_PRICES):
-            if price and best[0] == 0:
+        for way, price in _WAYS:
+            if price is not None and best[0] == 0:
                 break  # everything is there, with the least energy that these ways find
             for given in self._choices(needs):
-                net, lacking = self._net(given, price)
+                net, lacking = self._net(given, way, price or 0.0)
                 energy = sum(self.table[number].energy_pj for number in net.gates[:, 2].tolist())
                 if (lacking, round(energy, 9), net.grid.gates) >= best:
                     continue
@@ -215,7 +226,7 @@ class _Builder:
             if changed != list(needs):
                 yield changed
 
-    def _net(self, needs: Sequence[Need], price: float | None) -> tuple[Circuit, float]:
+    def _net(self, needs: Sequence[Need], way: str, price: float) -> tuple[Circuit, float]:
         """Gates in one row, an output for each need that can be met, and how many weights lack theirs."""
         selecting: dict[Need, int | None] = {need: self._selecting(need) for need in needs if len(need) == 2}
         wanted = np.zeros(256, dtype=np.bool_)
@@ -229,8 +240,8 @@ class _Builder:
             self.functions,
             self.table,
             levels=levels,
-            gate_pj=price or 0.0,
-            plain=price is None,
+            gate_pj=price,
+            way=way,
         )
         genes: list[int] = []
         pins = {("value", int(v)): int(self.pin[v]) for v in np.flatnonzero(self.pin >= 0)}

@@ -87,7 +87,12 @@ def sensitivity(
             "errors from -128 to 127 and a core >= 1."
         )
     shifted = copy.deepcopy(model)
-    layers = [entry for entry in all_int8(shifted) if matches(entry[0].rpartition(".")[0], include)]
+    patterns = (include,) if isinstance(include, str) else include
+    layers = [
+        entry
+        for entry in all_int8(shifted)
+        if any(matches(pattern, entry[0], entry[0].rpartition(".")[0]) for pattern in patterns)
+    ]
     if not layers:
         raise ValueError(f"no layer of {include!r} has int8 weights: quantize first: Quantize(8).")
     todo = [

@@ -55,17 +55,20 @@ def write(model: nn.Module, experiment: Experiment, circuit: Circuit) -> tuple[s
             )
     problem = experiment.problem
     outputs = problem.outputs(circuit)
+    sets: dict[str, set[int]] = {}
+    for place, number, _ in experiment.located(problem.wires):
+        sets.setdefault(place.key, set()).add(number)
     given = {key: values for key, (_, _, values, _) in layers.items()}
     kept = []
     for key, values in experiment.written(given, outputs).items():
         module, param, _, base = layers[key]
         weight = parameter(module, param)
         value, code = weight_of(base, values, weight.dtype)
-        sets = [d for d, place in enumerate(experiment.places) if place.key == key]
-        there = np.concatenate([problem.inputs[sets[0]], outputs[sets[0]]])
-        if len(sets) == 1 and np.isin(values, there).all():
-            own = alone(circuit, sets[0])
-            code = CircuitCode.of(base, own, problem.inputs[sets[0]], values, problem.loaded)
+        first = min(sets[key])
+        there = np.concatenate([problem.inputs[first], outputs[first]])
+        if len(sets[key]) == 1 and np.isin(values, there).all():
+            own = alone(circuit, first)
+            code = CircuitCode.of(base, own, problem.inputs[first], values, problem.loaded)
             kept.append(key)
         with torch.no_grad():
             weight.copy_(value)

@@ -1,8 +1,8 @@
 """The command line, ``lightning-compress VERB``: compress a trained network, export it, look into files, measure.
 
 A verb is a pair: a function that adds its options to a parser, and one that does the work (in `methods`, `recipes`,
-`analysis` and `files`; what they share is in `networks`). Input that cannot be used ends in one line on stderr and exit
-code 2.
+`analysis`, `evolve` and `files`; what they share is in `networks`). Input that cannot be used ends in one line on
+stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from lightning_compress.cli import analysis, files, methods, recipes
+from lightning_compress.cli import analysis, evolve, files, methods, recipes
 
 _OPTION = re.compile(r"(?<=^--)\w[\w-]*")
 
@@ -91,6 +91,11 @@ _VERBS: dict[str, _Verb] = {
         analysis.analyze_options,
         analysis.run,
     ),
+    "evolve": (
+        "compute weights by circuits: train, campaign, merge, metrics, sensitivity, break-even, export",
+        evolve.evolve_options,
+        evolve.evolve,
+    ),
     "export": (
         "write a quantized network as an ONNX file of integers",
         files.export_options,
@@ -108,6 +113,6 @@ def _parser() -> ArgumentParser:
     verbs = parser.add_subcommands(dest="verb")
     for name, (description, add_options, _) in _VERBS.items():
         verb = ArgumentParser(description=f"{description[0].upper()}{description[1:]}.", exit_on_error=False)
-        add_options(verb)
         verbs.add_subcommand(name, verb, help=description)
+        add_options(verb)  # afterwards, for a verb may have verbs of its own
     return parser

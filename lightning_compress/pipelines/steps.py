@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lightning_compress.batchnorm import ReestimateBatchNorm
+from lightning_compress.cgp.weights import EvolveWeights
 from lightning_compress.compress import check_order
 from lightning_compress.fusion import FuseBatchNorm
 from lightning_compress.lowrank import Factorize, MergeFactors
@@ -34,6 +35,7 @@ _ORDER: tuple[tuple[type[Transform], ...], ...] = (
     (Prune,),
     (ShareWeights,),
     (Quantize, RateDistortionQuantize),
+    (EvolveWeights,),
 )
 _STAGES = {"structure": 2, "fusion": 1, "mask": 3, "grid": 5}
 

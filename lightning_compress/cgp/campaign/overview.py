@@ -11,7 +11,7 @@ from lightning_compress import tables
 from lightning_compress.cgp.campaign.folders import CONFIG, Config, Folder, find
 from lightning_compress.cgp.campaign.states import stands
 
-COMMAND = "lightning-compress evolve run"
+COMMAND = "lightning-compress evolve campaign run"
 
 
 @dataclass(frozen=True)

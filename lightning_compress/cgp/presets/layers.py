@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +9,6 @@ from torch import nn
 
 from lightning_compress.cgp.choices import Choice
 from lightning_compress.cgp.experiments import Experiment, Place
-from lightning_compress.cgp.functions import STANDARD
 from lightning_compress.cgp.integers import all_int8
 from lightning_compress.cgp.presets.parts import LENET, PERFECT, Layer, at_thresholds, layer_of, layers_of
 from lightning_compress.cgp.problem import Problem
@@ -75,9 +73,6 @@ def le_selector(
 ) -> list[Experiment]:
     """All weights of some layers from nothing but the constant 0.
 
-    Every layer is a data set; as all of them have the same input and functions that know of data sets are left out,
-    the circuit is that of a single one.
-
     Args:
         model: with int8 weights.
         layers: that are computed.
@@ -99,12 +94,9 @@ def le_selector(
         [('le_selector_t0', 0, 2550)]
     """
     found = layers_of(model, layers)
-    zero = np.zeros(1, dtype=np.int8)
-    problem = Problem.of([zero] * len(found), [f.flat for f in found], multiplex=multiplex, loaded=0)
-    chosen = settings or Settings()
-    if isinstance(chosen.functions, str):
-        chosen = dataclasses.replace(chosen, functions=STANDARD)
-    return at_thresholds("le_selector", problem, [f.whole for f in found], thresholds, chosen, runs)
+    weights = np.concatenate([f.flat for f in found])
+    problem = Problem.of([[0]], [weights], multiplex=multiplex, loaded=0)
+    return at_thresholds("le_selector", problem, [f.whole for f in found], thresholds, settings, runs)
 
 
 def worst_case(
