@@ -95,6 +95,11 @@ class Code(ABC):
         """Layout of one entry of the array "codes"; None for a code without one."""
         return None
 
+    @property
+    def arithmetic(self) -> Code:
+        """The code that products are computed by: the code itself, or of integers that are stored in some other way."""
+        return self
+
     def holds(self, arrays: Mapping[str, Tensor], weight: Tensor) -> bool:
         """Whether ``rebuild`` gives every bit of the weight.
 
@@ -232,6 +237,11 @@ class Mask(Code):
             weight[part][mask] = values[place : place + count].to(dtype)
             place += count
         return weight.view(self.shape)
+
+    @property
+    def arithmetic(self) -> Code:
+        """The code that products are computed by: the code itself, or of integers that are stored in some other way."""
+        return self
 
     def holds(self, arrays: Mapping[str, Tensor], weight: Tensor) -> bool:
         """Whether every bit of the masked entries is zero."""

@@ -45,7 +45,6 @@ from torch import Tensor, nn
 import lightning_compress as lc
 from lightning_compress import cgp
 from lightning_compress.cgp import presets
-from lightning_compress.cgp.experiments import Experiment
 from lightning_compress.cgp.writing import write
 from lightning_compress.checkpoints import load_weights
 from lightning_compress.tables import text
@@ -94,7 +93,7 @@ def int8(dense: nn.Module, batches: Batches, options: argparse.Namespace) -> nn.
 # -- circuits ----------------------------------------------------------------------------------------------------------
 
 
-def experiments(net: nn.Module, options: argparse.Namespace) -> list[Experiment]:
+def experiments(net: nn.Module, options: argparse.Namespace) -> list[cgp.Experiment]:
     """What is asked for: of each preset one circuit for every threshold."""
     names = ("rows", "cols", "offspring", "mutation", "patience", "generations", "seed_circuit", "seed")
     settings = cgp.Settings(**{name: getattr(options, name) for name in names})
@@ -115,7 +114,7 @@ def until(seconds: float) -> Callable[[cgp.Evolution], bool]:
     return lambda evolution: time.monotonic() - start >= seconds
 
 
-def computed(net: nn.Module, experiment: Experiment, circuit: cgp.Circuit) -> nn.Module:
+def computed(net: nn.Module, experiment: cgp.Experiment, circuit: cgp.Circuit) -> nn.Module:
     """A copy whose weights are what a circuit gives; an archive of it holds the circuit instead of the integers."""
     small = copy.deepcopy(net)
     write(small, experiment, circuit)

@@ -36,7 +36,6 @@ from torch import nn
 import lightning_compress as lc
 from lightning_compress import cgp
 from lightning_compress.cgp import campaign, presets
-from lightning_compress.cgp.experiments import Experiment
 from lightning_compress.checkpoints import load_weights
 from lightning_compress.energy import EnergyTable
 from lightning_compress.tables import text
@@ -90,7 +89,7 @@ def rms(problem: cgp.Problem, circuit: cgp.Circuit) -> float:
     return math.sqrt(((wanted.astype(int) - found) ** 2).mean())
 
 
-def report(net: nn.Module, experiments: Sequence[Experiment], folder: Path) -> None:
+def report(net: nn.Module, experiments: Sequence[cgp.Experiment], folder: Path) -> None:
     """What the best runs found, and the bytes of files with integers and with circuits."""
     rows: list[list[Any]] = []
     models: dict[float, tuple[nn.Module, set[str]]] = {}

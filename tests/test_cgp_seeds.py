@@ -261,13 +261,67 @@ def test_moved_gates_compute_the_same(data: st.DataObject) -> None:
     )
 
 
+def levels_by_hand(there: set[int], functions: tuple[int, ...], most: int) -> dict[int, int]:
+    """The least number of operations in a chain to each value: all operations on all that one less leads to."""
+    found = dict.fromkeys(there, 0)
+    for level in range(1, most + 1):
+        known = np.array(sorted(found), dtype=np.int64)
+        a, b = (grid.ravel() for grid in np.meshgrid(known, known, indexing="ij"))
+        for f in functions:
+            if len(known) or not (FUNCTIONS[f].uses_a or FUNCTIONS[f].uses_b):
+                for value in np.unique(apply(f, a if len(a) else 0, b if len(b) else 0)).tolist():
+                    found.setdefault(value, level)
+    return found
+
+
+@given(
+    st.sets(int8, max_size=4),
+    st.sets(int8, min_size=1, max_size=40),
+    st.sampled_from([STANDARD, (1, 22), (2, 12, 22), (5, 7, 12, 18, 24), (3, 8, 13)]),
+    st.integers(1, 6),
+    st.sampled_from(["dense", "plain", "shallow"]),
+    st.sampled_from([0.0, 0.01, 100.0]),
+)
+@settings(max_examples=60)
+def test_derivations(
+    start: set[int], wanted: set[int], functions: tuple[int, ...], levels: int, way: str, price: float
+) -> None:
+    """Each value is what its operation makes of its operands, which stand on lower levels; nothing is unused."""
+    there, needed = (np.isin(VALUES, sorted(values)) for values in (start, wanted))
+    found = derive(there, needed, functions, TABLE, levels=levels, gate_pj=price, way=way)
+    used = set()
+    for v in np.flatnonzero(found.function >= 0).tolist():
+        f, operands = FUNCTIONS[int(found.function[v])], (int(found.a[v]), int(found.b[v]))
+        assert (operands[0] >= 0) == (f.uses_a or f.uses_b) and (operands[1] >= 0) == f.uses_b
+        a, b = (operand - 128 if operand >= 0 else 0 for operand in operands)
+        assert apply(int(found.function[v]), a, b) == v - 128
+        assert found.level[v] == 1 + max(int(found.level[p]) if p >= 0 else 0 for p in operands) <= levels
+        used |= {p for p in operands if p >= 0}
+    made = set(np.flatnonzero(found.function >= 0).tolist())
+    assert made <= used | {v + 128 for v in wanted} and not made & {v + 128 for v in start}
+    least = levels_by_hand(start, functions, levels)
+    missing = {v for v in wanted if found.level[v + 128] < 0}
+    assert missing >= wanted - set(least)
+    if way == "shallow":
+        assert missing == wanted - set(least)
+
+
 def test_chains_end_where_columns_do() -> None:
     """7 = ((0 + 1) + 1) + ...: a chain of levels that are allowed."""
-    there = np.arange(-128, 128) == 0
-    wanted = np.arange(-128, 128) == 7
-    assert derive(there, wanted, (13,), TABLE, levels=7).level[7 + 128] == 7
-    assert derive(there, wanted, (13,), TABLE, levels=6).level[7 + 128] == -1
+    there, wanted = (np.arange(-128, 128) == v for v in (0, 7))
+    for way in ("dense", "plain", "shallow"):
+        assert derive(there, wanted, (13,), TABLE, levels=7, way=way).level[7 + 128] == 7
+        assert derive(there, wanted, (13,), TABLE, levels=6, way=way).level[7 + 128] == -1
     doubled = derive(there, wanted, (1, 22), TABLE, levels=4)
     assert (
         doubled.level[7 + 128] == 4 and (doubled.function >= 0).sum() == 5
     )  # 1, 2, 3, 6, 7 or 1, 2, 3, 4, 7
+
+
+def test_few_columns() -> None:
+    """All values from 0 within four columns, which the cheapest chains do not leave."""
+    problem = Problem.of([[0]], [VALUES], loaded=0)
+    circuit = adder(problem, grid_of(problem, 256, 4), STANDARD, TABLE)
+    assert (problem.outputs(circuit) == problem.targets).all()
+    with pytest.warns(UserWarning, match="2 x 3 gates lacks"):  # more values than outputs can see
+        adder(problem, grid_of(problem, 2, 3, 1), STANDARD, TABLE)

@@ -30,6 +30,7 @@ from lightning_compress.functional.lengths import encoded_bytes
 from lightning_compress.pipelines.config import CompressionConfig
 from lightning_compress.plans import from_json, to_json
 from lightning_compress.quantization.codes import Affine
+from lightning_compress.quantization.integer import to_integer
 from lightning_compress.transform import OrderError
 
 SMALL = {"rows": 16, "cols": 24, "patience": 30}
@@ -609,3 +610,20 @@ def test_a_file_cannot_ask_for_endless_work():
     arrays |= {"functions": far * 7, "a": far, "taken": torch.arange(gates + 1) < 2}
     with pytest.raises(ValueError, match="65537 gates; allowed are 65536"):
         CircuitCode.restore(arrays, code.config())
+
+
+def test_onnx_files_and_integer_models_use_the_integers(tmp_path):
+    """A circuit is how a weight is stored; products are those of the quantized network."""
+    pytest.importorskip("onnxruntime")
+    example = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    quantize = lc.Quantize(8, activation_bits=8)
+    plain = lc.compress(dense(), [quantize], example_input=example).model
+    computed = lc.compress(
+        plain, [EvolveWeights(generations=3, include=["conv1", "conv2"])], example_input=example
+    ).model
+    assert codes.read(computed.conv2, "weight").kind == "circuit"
+    reports = [lc.export_onnx(m, example, tmp_path / f"{i}.onnx") for i, m in enumerate((plain, computed))]
+    assert [layer.weight for layer in reports[1].layers] == ["int8"] * 5
+    assert (tmp_path / "0.onnx").read_bytes() == (tmp_path / "1.onnx").read_bytes()
+    whole = [to_integer(m)(example) for m in (plain, computed)]
+    assert torch.equal(*whole)

@@ -275,6 +275,11 @@ class CircuitCode(Code):
             made[1], self.inputs, self.functions, self.a, self.b, self.taken, self.loaded
         )
 
+    @property
+    def arithmetic(self) -> Code:
+        """That of the integers."""
+        return self.base
+
     def config(self) -> dict[str, Any]:
         """The code of the integers by its kind and options, and how many inputs are loaded."""
         return {"base": self.base.kind, "options": self.base.config(), "loaded": self.loaded}

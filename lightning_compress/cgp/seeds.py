@@ -20,15 +20,12 @@ Source = tuple[str, int]  # ("pin", number of an input) or ("value", v + 128)
 Need = tuple[Source, ...]  # what an output gives: one source, or those of even and odd data sets
 _PASSING = (WIRE, 8, 9)  # what gives x of x and x
 # How values are derived, and the price of a gate in pJ; those with a price are for small grids.
-_WAYS = (
+_WAYS: tuple[tuple[str, float | None], ...] = (
     ("dense", None),
     ("plain", None),
-    ("dense", 0.002),
-    ("dense", 0.01),
-    ("dense", 0.05),
-    ("dense", 100.0),
+    *(("dense", price) for price in (0.002, 0.01, 0.05, 100.0)),
+    *(("shallow", price) for price in (0.0, 0.01, 100.0)),
 )
-_WAYS = (*_WAYS, ("shallow", 0.0), ("shallow", 0.01), ("shallow", 100.0))
 _MULTIPLEXER, _DEMULTIPLEXER = 27, 28
 
 

@@ -72,7 +72,8 @@ def write_integers(model: nn.Module) -> tuple[ExportedLayer, ...]:
     rounded = {module: before for module, before, _ in quantizers.values()}
     for module in model.modules():
         release(module)
-    for name, holder, param, code in list(codes.of(model)):
+    for name, holder, param, attached in list(codes.of(model)):
+        code = attached.arithmetic
         if code.stage == "grid":
             found.append(_write(name, holder, param, code, rounded.get(holder)))
             _tie(model, holder, param)
@@ -236,7 +237,8 @@ def reduce_range_(model: nn.Module) -> None:
     Args:
         model: a finalized model.
     """
-    for _, holder, param, code in list(codes.of(model)):
+    for _, holder, param, attached in list(codes.of(model)):
+        code = attached.arithmetic
         if isinstance(code, Affine) and code.width > _REDUCED_BITS and refusal(holder, param, code) is None:
             weight, narrow = parameter(holder, param), _narrowed(code)
             with torch.no_grad():

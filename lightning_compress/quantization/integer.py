@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress import codes
+from lightning_compress.codes import Code
 from lightning_compress.finalize import finalize
 from lightning_compress.functional.affine import quantize
 from lightning_compress.names import clean
@@ -73,7 +74,7 @@ class IntegerLayer(nn.Module):
         if why is not None:
             raise ValueError(f"{type(layer).__name__} has no integer form: {why}.")
         weight, bias = parameter(layer, "weight"), layer._parameters["bias"]
-        code = cast(Affine, codes.read(layer, "weight"))
+        code = cast(Affine, _arithmetic(layer))
         rows, zero = weight.shape[_out(layer)], code.zero_point
         runs = code.scale.view(rows, -1).t() if code.size else code.scale.expand(1, rows)
         channels = int(getattr(layer, "groups", 1)) if isinstance(layer, _TRANSPOSED) else 1
@@ -179,7 +180,7 @@ def refusal(layer: nn.Module) -> str | None:
         return f"{kind.__name__} has a forward of its own"
     if layer._forward_hooks or layer._forward_pre_hooks:
         return "it has forward hooks, which may change what it computes"
-    code = codes.read(layer, "weight")
+    code = _arithmetic(layer)
     if not isinstance(code, Affine):
         return "its weight is not on an integer grid" + (
             "" if code is None else f" but stored as {code.kind}"
@@ -195,6 +196,12 @@ def refusal(layer: nn.Module) -> str | None:
         (quantizer.qmax - quantizer.qmin) * (code.qmax - code.qmin) * parameter(layer, "weight").numel()
     )
     return None if products < _EXACT else f"its sums could exceed 2^{int(math.log2(_EXACT))}"
+
+
+def _arithmetic(layer: nn.Module) -> Code | None:
+    """The code that products with the weight of a layer are computed by."""
+    code = codes.read(layer, "weight")
+    return None if code is None else code.arithmetic
 
 
 def _out(layer: nn.Module) -> int:
