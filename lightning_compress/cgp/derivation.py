@@ -158,9 +158,9 @@ def _search(
     level = np.where(there, 0, -1)
     made = np.full((3, 256), -1, np.int64)  # function, a, b
     by = np.full((3, 256), -1, np.int64)  # likewise, of the cheapest derivation
-    # of two values that are there: cost and level of the cheapest operation, and itself
-    pair_cost, pair_level = np.full(256, _NEVER), np.full(256, _NEVER)
-    pair = np.full((3, 256), -1, np.int64)
+    # of one operation on what is there: cost, level, and itself
+    step_cost, step_level = np.full(256, _NEVER), np.full(256, _NEVER)
+    step = np.full((3, 256), -1, np.int64)
     cost, depth = np.empty(256, np.int64), np.empty(256, np.int64)
     stack = np.empty(1024, np.int64)
     least = _NEVER  # cost of an operation
@@ -171,9 +171,26 @@ def _search(
     for c in binary_costs:
         cheapest_pair = min(cheapest_pair, c)
     first_unary, first_binary = len(constants), len(constants) + len(unary)
+    for k in range(len(constants)):
+        v = constants[k, 0]
+        if constant_costs[k] < step_cost[v]:
+            step_cost[v], step_level[v], step[0, v] = constant_costs[k], 1, k
     for v in range(256):
         if have[v]:
-            _pairs(v, have, level, binary, binary_costs, first_binary, pair_cost, pair_level, pair)
+            _steps(
+                v,
+                have,
+                level,
+                levels,
+                unary,
+                unary_costs,
+                binary,
+                binary_costs,
+                len(constants),
+                step_cost,
+                step_level,
+                step,
+            )
     while True:
         left, most = 0, 0
         for v in range(256):
@@ -188,40 +205,32 @@ def _search(
             most = max(most, gain)
         deep = False
         while True:
-            # Knuth's generalization of Dijkstra's search; the first round takes pairs of values that are there only.
+            # Knuth's generalization of Dijkstra's search; without "deep", no pairs but of values that are there.
             for v in range(256):
-                cost[v], depth[v] = (0, level[v]) if have[v] else (pair_cost[v], pair_level[v])
-                by[0, v], by[1, v], by[2, v] = pair[0, v], pair[1, v], pair[2, v]
-            for k in range(len(constants)):
-                v = constants[k, 0]
-                if (constant_costs[k], 1) < (cost[v], depth[v]):
-                    cost[v], depth[v] = constant_costs[k], 1
-                    by[0, v], by[1, v], by[2, v] = k, -1, -1
-            settled = np.zeros(256, np.bool_)
+                cost[v], depth[v] = (0, level[v]) if have[v] else (step_cost[v], step_level[v])
+                by[0, v], by[1, v], by[2, v] = step[0, v], step[1, v], step[2, v]
+            settled = have.copy()
             choice, best, nearest = -1, 0.0, _NEVER
             while True:
                 u = -1
                 for v in range(256):
-                    if (
-                        not settled[v]
-                        and depth[v] <= levels
-                        and (u < 0 or (cost[v], depth[v]) < (cost[u], depth[u]))
-                    ):
+                    if not settled[v] and (u < 0 or (cost[v], depth[v]) < (cost[u], depth[u])):
                         u = v
-                if u < 0 or cost[u] >= _NEVER or (not plain and most / max(cost[u], 1) < best):
+                if u < 0 or cost[u] >= _NEVER or (not plain and most / cost[u] < best):
                     break
                 settled[u] = True
-                if not have[u]:
-                    if plain:
-                        choice = u
-                        break
-                    if goal[u]:
-                        nearest = min(nearest, cost[u])
-                    gain = 0
-                    for x in range(256):
-                        gain += near[u, x] and goal[x]
-                    if gain / cost[u] > best:
-                        choice, best = u, gain / cost[u]
+                if plain:
+                    choice = u
+                    break
+                if goal[u]:
+                    nearest = min(nearest, cost[u])
+                gain = 0
+                for x in range(256):
+                    gain += near[u, x] and goal[x]
+                if gain / cost[u] > best:
+                    choice, best = u, gain / cost[u]
+                if depth[u] == levels:
+                    continue
                 for k in range(len(unary)):
                     w, c = unary[k, u], cost[u] + unary_costs[k]
                     if not settled[w] and (c, depth[u] + 1) < (cost[w], depth[w]):
@@ -229,7 +238,7 @@ def _search(
                         by[0, w], by[1, w], by[2, w] = first_unary + k, u, -1
                 if deep:
                     for v in range(256):
-                        if not settled[v] or (have[v] and have[u]):
+                        if not settled[v] or depth[v] == levels:
                             continue
                         for k in range(2 * len(binary)):
                             a, b = (u, v) if k & 1 else (v, u)
@@ -267,7 +276,20 @@ def _search(
                     above = max(above, level[b])
                 level[w] = above + 1
                 made[0, w], made[1, w], made[2, w] = by[0, w], a, b
-                _pairs(w, have, level, binary, binary_costs, first_binary, pair_cost, pair_level, pair)
+                _steps(
+                    w,
+                    have,
+                    level,
+                    levels,
+                    unary,
+                    unary_costs,
+                    binary,
+                    binary_costs,
+                    len(constants),
+                    step_cost,
+                    step_level,
+                    step,
+                )
     _drop(wanted, made, level)
     return made[0], made[1], made[2], level
 
@@ -380,24 +402,34 @@ def _shallow(
 
 
 @compiled()
-def _pairs(
+def _steps(
     x: int,
     have: Array,
     level: Array,
+    levels: int,
+    unary: Array,
+    unary_costs: Array,
     binary: Array,
-    costs: Array,
+    binary_costs: Array,
     first: int,
-    pair_cost: Array,
-    pair_level: Array,
-    pair: Array,
+    step_cost: Array,
+    step_level: Array,
+    step: Array,
 ) -> None:
-    """What a value that has just come gives together with those that are there."""
+    """What a value that has just come gives alone and together with others that are there."""
+    if level[x] >= levels:
+        return
+    for k in range(len(unary)):
+        w = unary[k, x]
+        if (unary_costs[k], level[x] + 1) < (step_cost[w], step_level[w]):
+            step_cost[w], step_level[w] = unary_costs[k], level[x] + 1
+            step[0, w], step[1, w], step[2, w] = first + k, x, -1
     for v in range(256):
-        if not have[v]:
+        if not have[v] or level[v] >= levels:
             continue
         for k in range(2 * len(binary)):
             a, b = (x, v) if k & 1 else (v, x)
             w, d = binary[k >> 1, a, b], max(level[a], level[b]) + 1
-            if (costs[k >> 1], d) < (pair_cost[w], pair_level[w]):
-                pair_cost[w], pair_level[w] = costs[k >> 1], d
-                pair[0, w], pair[1, w], pair[2, w] = first + (k >> 1), a, b
+            if (binary_costs[k >> 1], d) < (step_cost[w], step_level[w]):
+                step_cost[w], step_level[w] = binary_costs[k >> 1], d
+                step[0, w], step[1, w], step[2, w] = first + len(unary) + (k >> 1), a, b

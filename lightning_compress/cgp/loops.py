@@ -198,7 +198,8 @@ def sweep(
     old: Array,
 ) -> int:
     """Evaluate what has to be, in order; returns how many pins have another value, which are logged."""
-    inputs, sets, found, quiet, shift = n.inputs, n.datasets, 0, True, n.pad + n.inputs
+    inputs, sets, shift = np.uint64(n.inputs), np.uint64(n.datasets), n.pad + n.inputs
+    found, quiet = 0, True
     for w in range(shift >> 6, len(now)):
         fresh = now[w] & ~on[w]
         must = fresh | (now[w] & touched[w])
@@ -206,27 +207,27 @@ def sweep(
         while bits:
             place = lowest(bits, places)
             bits &= bits - _ONE
-            g = (w << 6) + place - shift
-            a, b, f = genes[3 * g], genes[3 * g + 1], genes[3 * g + 2]
-            if not (must >> np.uint64(place)) & _ONE and not (changed[a] | changed[b] << 1) & uses[f]:
+            bit, g = _ONE << np.uint64(place), np.uint64((w << 6) + place - shift)
+            at = _THREE * g
+            a, b, f = np.uint64(genes[at]), np.uint64(genes[at + _ONE]), np.uint64(genes[at + _TWO])
+            if not (must & bit) and not (changed[a] | changed[b] << 1) & uses[f]:
                 continue
             p = inputs + g
             other = False
-            for d in range(sets):
-                v = gate(f, values[a * sets + d], values[b * sets + d], d)
-                old[found * sets + d] = values[p * sets + d]
-                other = other or v != values[p * sets + d]
-                values[p * sets + d] = v
+            for d in range(n.datasets):
+                s = np.uint64(d)
+                v = gate(np.int64(f), values[a * sets + s], values[b * sets + s], d)
+                old[found * n.datasets + d] = values[p * sets + s]
+                other = other or v != values[p * sets + s]
+                values[p * sets + s] = v
             if other:
                 log[found] = p
                 found += 1
-                if (
-                    not (fresh >> np.uint64(place)) & _ONE
-                ):  # all who read a fresh gate are to be evaluated anyway
+                if not (fresh & bit):  # all who read a fresh gate are to be evaluated anyway
                     changed[p] = 1
                     if quiet:
                         quiet = False
-                        bits = now[w] & ~((_ONE << np.uint64(place)) | ((_ONE << np.uint64(place)) - _ONE))
+                        bits = now[w] & ~(bit | (bit - _ONE))
     for i in range(found):
         changed[log[i]] = 0
     return found

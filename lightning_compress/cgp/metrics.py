@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_compress.cgp.campaign.folders import METRICS, find
+from lightning_compress.cgp.campaign.folders import METRICS, Folder, find
 from lightning_compress.cgp.campaign.statistics import COLUMNS, read_rows, write
 from lightning_compress.cgp.circuit import Circuit
 from lightning_compress.cgp.experiments import Experiment
@@ -206,19 +206,20 @@ def write_metrics(
         FileNotFoundError: nothing was planned there.
         ValueError: see ``model_metrics``; or no run has a circuit.
     """
-    work = []
+    work: dict[tuple[str, int], tuple[Folder, list[dict[str, str]]]] = {}
     for place in find(folder):
         check_origin(model, place.experiment)
         for run in place.config.numbers:
             path = place.statistics(run)
             if path.exists() or path.with_name(path.name + ".zip").exists():
-                work.append((place, run, read_rows(path)))
-    work = [task for task in work if any(row["chromosome"] for row in task[2])]
+                rows, task = read_rows(path), (place.config.experiment, run)
+                if any(row["chromosome"] for row in rows) and len(rows) > len(work.get(task, (0, []))[1]):
+                    work[task] = place, rows  # a merged folder may have the run once more, or its end
     if not work:
         raise ValueError(f"{folder} has no circuits to measure: run the experiments first.")
     files = []
-    for place, run, rows in tqdm(work, desc="metrics", unit="run", leave=False, disable=None):
-        name = place.config.experiment
+    bar = tqdm(work.items(), desc="metrics", unit="run", leave=False, disable=None)
+    for (name, run), (place, rows) in bar:
         found = model_metrics(model, place.experiment, rows, batches, top=top)
         text = io.StringIO()
         table = csv.DictWriter(text, SCORED, lineterminator="\n")

@@ -202,7 +202,10 @@ def report(options: Namespace) -> None:
         groups.setdefault(folder.config.experiment, []).append(folder)
     rows, plots = [], []
     for name, folders in groups.items():
-        histories = {r: rows for f in folders for r, rows in _histories(f)}
+        histories: dict[int, list[dict[str, str]]] = {}
+        for number, history in (entry for folder in folders for entry in _histories(folder)):
+            if len(history) > len(histories.get(number, ())):  # a merged folder may have its end alone
+                histories[number] = history
         if not histories:
             continue
         experiment = folders[0].experiment

@@ -103,7 +103,21 @@ def _inputs(options: Namespace, files: list[Any]) -> int:
     print(result, networks.write(options, files, model, result.model), sep="\n\n")
     for name, balance in _balances(result.model, own.energy):
         print(f"\n{name}: {balance}")
-    return 0
+    return 0 if _met(transform, model, result.model) else UNMET
+
+
+def _met(transform: EvolveWeights, before: nn.Module, after: nn.Module) -> bool:
+    """Whether every layer with a circuit is as near as was asked for; weights that are inputs have no error."""
+    choice, found = Choice.parse(transform.inputs), {key: values for key, *_, values, _ in all_int8(before)}
+    for key, module, param, values, _ in all_int8(after):
+        if isinstance(codes.read(module, param), CircuitCode):
+            gap = values.astype(np.int64) - found[key]
+            inside = choice.kind in ("core", "ring")
+            count = len(choice.select(key, found[key]).positions) if inside else values.size
+            error = np.abs(gap).sum() if transform.fitness == "AE" else (gap**2).sum()
+            if error > transform.settings.limit(count):
+                return False
+    return True
 
 
 def _preset(options: Namespace, files: list[Any]) -> int:
