@@ -6,12 +6,13 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lightning_compress.cgp.functions import FUNCTIONS, WIRE, Int8, apply
+from lightning_compress.cgp.functions import CALLS, FUNCTIONS, WIRE, Int8, apply
 from lightning_compress.energy import EnergyTable
 
 Ints = npt.NDArray[np.int64]
@@ -141,6 +142,7 @@ class Circuit:
                 f"a genome of shape {given.shape} and dtype {given.dtype}; {grid} needs ({grid.genes},) whole numbers."
             )
         genes = np.clip(given, -1, _MOST).astype(np.int32)  # too large numbers stay wrong ones
+        genes.flags.writeable = False  # what follows from it is remembered
         object.__setattr__(self, "genome", genes)
         numbers = self.gates[:, 2]
         unknown = np.flatnonzero(~np.isin(numbers, list(FUNCTIONS)))
@@ -195,19 +197,25 @@ class Circuit:
         Returns:
             Bool [gates].
         """
+        found = np.zeros(self.grid.gates, dtype=np.bool_)
+        found[[pin - self.grid.inputs for pin, *_ in self._taking_part]] = True
+        return found
+
+    @cached_property
+    def _taking_part(self) -> list[tuple[int, int, int, int]]:
+        """Of every gate that some output needs, in order: its pin, a, b, and its function."""
         inputs, gates = self.grid.inputs, self.gates.tolist()
-        needed = [False] * len(gates)
+        needed = [False] * (inputs + len(gates))
         for pin in self.outputs.tolist():
-            if pin >= inputs:
-                needed[pin - inputs] = True
-        for gate in range(len(gates) - 1, -1, -1):
-            if needed[gate]:
-                a, b, number = gates[gate]
-                if a >= inputs and number in _USES_A:
-                    needed[a - inputs] = True
-                if b >= inputs and number in _USES_B:
-                    needed[b - inputs] = True
-        return np.array(needed, dtype=np.bool_)
+            needed[pin] = True
+        found = []
+        for pin in range(len(needed) - 1, inputs - 1, -1):
+            if needed[pin]:
+                a, b, number = gates[pin - inputs]
+                needed[a] |= number in _USES_A
+                needed[b] |= number in _USES_B
+                found.append((pin, a, b, number))
+        return found[::-1]
 
     def evaluate(self, x: npt.ArrayLike) -> Int8:
         """The outputs; one gate after the other, to compare faster ways with.
@@ -235,15 +243,19 @@ class Circuit:
         return np.stack([self._evaluate(given[..., d, :], d % 2) for d in range(sets)], axis=-2)
 
     def _evaluate(self, given: npt.NDArray[Any], s: int) -> Int8:
+        if given.ndim == 1:  # plain numbers are faster than small arrays
+            return self._numbers(given.tolist(), s)
         pins = np.zeros((*given.shape[:-1], self.grid.inputs + self.grid.gates), dtype=np.int8)
         pins[..., : self.grid.inputs] = given
-        for gate in np.flatnonzero(self.active()):
-            a, b, number = (int(v) for v in self.gates[gate])
-            function = FUNCTIONS[number]
-            left = pins[..., a if function.uses_a else 0]
-            right = pins[..., b if function.uses_b else 0]
-            pins[..., self.grid.inputs + gate] = apply(number, left, right, s)
+        for pin, a, b, number in self._taking_part:
+            pins[..., pin] = apply(number, pins[..., a], pins[..., b], s)
         return pins[..., self.outputs]
+
+    def _numbers(self, given: list[int], s: int) -> Int8:
+        pins = given + [0] * self.grid.gates
+        for pin, a, b, number in self._taking_part:
+            pins[pin] = (CALLS[number](pins[a], pins[b], s) + 128 & 255) - 128
+        return np.array([pins[p] for p in self.outputs.tolist()], dtype=np.int8)
 
     def cost(self, table: EnergyTable | None = None) -> CircuitCost:
         """Energy, area, delay, depth and number of the gates that take part.
@@ -341,8 +353,9 @@ class Circuit:
 
     def lines(self) -> Iterator[tuple[int, int, list[int]]]:
         """The gates that take part, in order: pin, function, pins of its operands."""
-        for gate in np.flatnonzero(self.active()).tolist():
-            yield self.grid.inputs + gate, int(self.gates[gate, 2]), self.operands(gate)
+        for pin, a, b, number in self._taking_part:
+            operands = ((a, number in _USES_A), (b, number in _USES_B))
+            yield pin, number, [operand for operand, used in operands if used]
 
 
 def _numbers(text: str, at: int, pattern: str, what: str) -> tuple[list[int], int]:

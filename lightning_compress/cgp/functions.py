@@ -81,7 +81,7 @@ FUNCTIONS: dict[int, Function] = {
     28: _same("0 if s else a", "s ? 8'sd0 : a"),
     WIRE: _same("a"),
 }
-_CALLS = {number: eval(f"lambda a, b, s: {f.formula}") for number, f in FUNCTIONS.items()}
+CALLS = {number: eval(f"lambda a, b, s: {f.formula}") for number, f in FUNCTIONS.items()}
 
 
 def wrap(values: Any) -> Int8:
@@ -122,7 +122,7 @@ def apply(number: int, a: npt.ArrayLike, b: npt.ArrayLike, s: int = 0) -> Int8:
         >>> apply(1, [100, 1], [100, -3]).tolist(), apply(4, [-128], [0]).tolist()
         ([-56, -2], [-128])
     """
-    if number not in _CALLS:
+    if number not in CALLS:
         raise ValueError(f"no function {number}; allowed: {', '.join(map(str, FUNCTIONS))}.")
     wide = np.asarray(a, dtype=np.int64), np.asarray(b, dtype=np.int64)
-    return wrap(np.broadcast_to(_CALLS[number](*wide, s), np.broadcast_shapes(wide[0].shape, wide[1].shape)))
+    return wrap(np.broadcast_to(CALLS[number](*wide, s), np.broadcast_shapes(wide[0].shape, wide[1].shape)))

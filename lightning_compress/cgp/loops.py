@@ -81,7 +81,7 @@ class State(NamedTuple):
 
 
 @compiled(inline="always")
-def gate(f: int, a: int, b: int, s: int) -> int:
+def gate(f: Any, a: Any, b: Any, s: int) -> Any:
     """The value of function f of two int8 numbers in a data set; the same as ``functions.apply``."""
     if f == 0:
         v = 127 - a

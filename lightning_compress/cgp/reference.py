@@ -9,12 +9,16 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_compress.cgp.circuit import Circuit
+from lightning_compress.cgp.functions import FUNCTIONS, WIRE
 from lightning_compress.cgp.problem import Problem
 from lightning_compress.cgp.settings import MILLI, PICO, Settings
 
 Array = npt.NDArray[Any]
 Cost = tuple[int, int, int, int, int]  # error, energy, delay, gates, depth
 _MASK = 2**64 - 1
+_USED = np.array(
+    [[n in FUNCTIONS and getattr(FUNCTIONS[n], u) for n in range(WIRE + 1)] for u in ("uses_a", "uses_b")]
+)
 
 
 class Reference:
@@ -31,7 +35,8 @@ class Reference:
         self.grid = settings.grid(problem)
         self._problem, self._settings, self._random = problem, settings, seed
         self._ids = settings.ids(problem.datasets)
-        self._genes = np.array(genome, dtype=np.int32)
+        self._table = settings.table
+        self._parent = Circuit(genome, self.grid)
         self._weights, self._limit = np.zeros(problem.targets.shape, np.int64), 0
         self._cost: Cost = (0, 0, 0, 0, 0)
         self._front: list[tuple[Cost, Array]] = []
@@ -40,11 +45,11 @@ class Reference:
     def weigh(self, weights: Array, limit: int) -> None:
         """Begin a phase."""
         self._weights, self._limit = np.array(weights), limit
-        self._cost, self._stagnation = self._measure(self._genes), 0
+        self._cost, self._stagnation = self._measure(self._parent), 0
 
     def collect(self) -> None:
         """Put the parent among the trade-offs."""
-        self._keep(self._cost, self._genes, delays=True)
+        self._keep(self._cost, self._parent.genome, delays=True)
 
     def advance(self, most: int, patience: int, phase: int) -> int:
         """Up to so many generations."""
@@ -53,26 +58,26 @@ class Reference:
             perfect = self._cost[0] == 0 and (phase == 1 or self._cost[1] == 0)
             if perfect or self._stagnation >= patience:
                 return done
-            parent, best, better = self._cost, (self._cost, self._genes), False
+            parent, best, better = self._cost, (self._cost, self._parent), False
             for _ in range(self._settings.offspring):
-                genes = self._mutated()
+                child = Circuit(self._mutated(), self.grid)
                 cost = parent
-                if self._same(genes):
+                if self._same(child):
                     self._inherited += 1
                 else:
                     self._evaluated += 1
-                    cost = self._measure(genes)
+                    cost = self._measure(child)
                     if phase == 2 and any(cost[k] < parent[k] for k in (0, 1, 3)):
-                        self._keep(cost, genes, delays=False)
+                        self._keep(cost, child.genome, delays=False)
                 if self._key(cost, best[0]) <= self._key(best[0], cost):
                     better = better or self._key(cost, best[0]) < self._key(best[0], cost)
-                    best = cost, genes
-            self._cost, self._genes = best
+                    best = cost, child
+            self._cost, self._parent = best
             self._stagnation += 1
             if better:
                 self._stagnation, self._improved = 0, 1
                 if phase == 2:
-                    self._keep(self._cost, self._genes, delays=True)
+                    self._keep(self._cost, self._parent.genome, delays=True)
                 return done + 1
         return most
 
@@ -87,7 +92,7 @@ class Reference:
 
     def genome(self) -> Array:
         """Of the parent."""
-        return self._genes.copy()
+        return self._parent.genome.copy()
 
     def trade_offs(self) -> list[tuple[list[int], Array]]:
         """Error, energy, delay and gates of those that are kept, and their genomes."""
@@ -105,7 +110,7 @@ class Reference:
 
     def restore(self, saved: Mapping[str, Array], weights: Array, limit: int) -> None:
         """Go on where ``dump`` was called."""
-        self._genes, self._random = saved["genes"].copy(), int(saved["random"][0])
+        self._parent, self._random = Circuit(saved["genes"], self.grid), int(saved["random"][0])
         self._front = [
             ((*row, 0), genes) for row, genes in zip(saved["front"].tolist(), saved["kept"], strict=True)
         ]
@@ -119,26 +124,20 @@ class Reference:
             return (error,)
         return energy, error, delay, gates, depth
 
-    def _circuit(self, genes: Array) -> Circuit:
-        return Circuit(genes, self.grid)
-
-    def _measure(self, genes: Array) -> Cost:
-        circuit = self._circuit(genes)
+    def _measure(self, circuit: Circuit) -> Cost:
         gaps = np.abs(self._problem.outputs(circuit).astype(np.int64) - self._problem.targets)
         error = int((self._weights * (gaps if self._settings.fitness == "AE" else gaps**2)).sum())
-        cost = circuit.cost(self._settings.table)
+        cost = circuit.cost(self._table)
         energy, delay = round(cost.energy_pj * PICO), round(cost.delay * MILLI)
         return error, energy, delay, cost.gate_count, cost.depth
 
-    def _same(self, genes: Array) -> bool:
+    def _same(self, child: Circuit) -> bool:
         """Whether no gene that matters in the parent has another value."""
-        parent, child = self._circuit(self._genes), self._circuit(genes)
-        if (parent.outputs != child.outputs).any():
+        if (self._parent.outputs != child.outputs).any():
             return False
-        return all(
-            parent.gates[g, 2] == child.gates[g, 2] and parent.operands(g) == child.operands(g)
-            for g in np.flatnonzero(parent.active()).tolist()
-        )
+        differ = self._parent.gates != child.gates
+        matters = np.stack([*_USED[:, self._parent.gates[:, 2]], np.ones(len(differ), np.bool_)], axis=1)
+        return not (differ & matters)[self._parent.active()].any()
 
     def _draw(self) -> tuple[int, int]:
         """Two random numbers of 32 bits (xorshift64*)."""
@@ -151,7 +150,7 @@ class Reference:
         return x >> 32, x & 0xFFFFFFFF
 
     def _mutated(self) -> Array:
-        grid, genes = self.grid, self._genes.copy()
+        grid, genes = self.grid, self.genome()
         for _ in range(1 + (self._draw()[0] * max(1, int(grid.genes * self._settings.mutation)) >> 32)):
             high, low = self._draw()
             place = high * grid.genes >> 32

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress.cli.networks import InputError
+from lightning_compress.tables import listing
 
 SPLITS = ("test", "train")
 _DIGITS = (0.1307,), (0.3081,)
@@ -71,17 +72,18 @@ def loader(options: Namespace) -> DataLoader[tuple[Tensor, ...]]:
 
 
 def _pack(file: Path, split: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    names = f"x_{split}", f"y_{split}"
     try:
-        with np.load(file, allow_pickle=False) as pack:
-            lacking = [name for name in names if name not in pack]
-            if lacking:
-                raise InputError(
-                    f"--data {file} lacks {' and '.join(lacking)}; it has {', '.join(pack) or 'nothing'}."
-                )
-            images, labels = pack[names[0]], pack[names[1]]
-    except (AttributeError, TypeError, EOFError, OSError) as error:
+        pack = np.load(file, allow_pickle=False)
+        if not isinstance(pack, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one array")
+    except (ValueError, OSError, EOFError) as error:
         raise InputError(f"--data {file} is no .npz file: {error}") from error
+    with pack:
+        lacking = [name for name in (f"x_{split}", f"y_{split}") if name not in pack]
+        if lacking:
+            held = listing(list(pack)) or "nothing"
+            raise InputError(f"--data {file} lacks {' and '.join(lacking)}; it has {held}.")
+        images, labels = pack[f"x_{split}"], pack[f"y_{split}"]
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or labels.shape != images.shape[:1]:
         raise InputError(
             f"--data {file}: images {images.dtype} {images.shape} and labels {labels.shape}; needed are uint8 images "

@@ -140,7 +140,10 @@ def _find(options: Namespace) -> list[Found]:
             f"{path} does not exist: give an archive, the folder of an experiment, or a circuit."
         )
     if path.suffix != ".lcz":
-        return [Found(path.name, Circuit.from_text(path.read_text(encoding="utf-8").strip()))]
+        try:
+            return [Found(path.name, Circuit.from_text(path.read_text(encoding="utf-8").strip()))]
+        except ValueError as error:
+            raise InputError(f"{path} is no text of a circuit: {error}") from error
     found = _of_archive(path)
     chosen = [f for f in found if options.layer in (None, f.name, f.name.rpartition(".")[0])]
     if not chosen:
