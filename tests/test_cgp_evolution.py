@@ -203,6 +203,11 @@ def test_states_that_do_not_fit_are_refused() -> None:
     forged["genes"] = {"shape": state["genes"]["shape"], "zlib": _packed(genes)}
     with pytest.raises(ValueError, match="output 11 uses pin 1000000"):
         evolve(problem, SMALL, resume=forged)
+    genes = first._engine.genome()
+    genes[1:3] = 7, 11  # a gate of one operand whose other one would read a gate behind it
+    forged["genes"] = {"shape": state["genes"]["shape"], "zlib": _packed(genes)}
+    with pytest.raises(ValueError, match="gate 6 uses pin 7"):
+        evolve(problem, SMALL, resume=forged)
 
 
 def _packed(array: np.ndarray) -> str:

@@ -175,6 +175,15 @@ class Circuit:
                 f"{what} {which[i]} uses pin {pins[i]}; allowed there: {' and '.join(named) or 'none'}."
             )
 
+    def check_all(self) -> None:
+        """ValueError if an operand that nothing reads is none that its gate might read: a mutation may put it to use."""
+        column, gate = (
+            np.arange(self.grid.gates) // self.grid.rows,
+            self.grid.inputs + np.arange(self.grid.gates),
+        )
+        for part in (0, 1):
+            self._check(self.gates[:, part], column, "gate", gate)
+
     @property
     def gates(self) -> npt.NDArray[np.int32]:
         """[gates, 3]: pin of a, pin of b, function."""

@@ -28,10 +28,14 @@ class Compiled:
         settings: of the search.
         genome: of the first parent.
         seed: of the random numbers, != 0.
+
+    Raises:
+        ValueError: a genome of another length, or with a pin or function that is not allowed.
     """
 
     def __init__(self, problem: Problem, settings: Settings, genome: Array, seed: int) -> None:
         grid = self.grid = settings.grid(problem)
+        Circuit(genome, grid).check_all()
         pins, sets, pad = grid.inputs + grid.gates, grid.datasets, -grid.inputs % 64
         words = -(-(pad + pins) // 64)
         moves = max(1, int(grid.genes * settings.mutation))
@@ -137,7 +141,7 @@ class Compiled:
             here = getattr(s, name)[:count] if name in ("front", "kept") else getattr(s, name)
             if array.shape != here.shape:
                 raise ValueError(f"{name} of shape {array.shape}: needed is {here.shape}.")
-        Circuit(saved["genes"], self.grid)  # or the loops would read elsewhere
+        Circuit(saved["genes"], self.grid).check_all()  # or the loops would read elsewhere
         for name, array in saved.items():
             (getattr(s, name)[:count] if name in ("front", "kept") else getattr(s, name))[...] = array
         counters = s.counters.copy()
