@@ -20,8 +20,8 @@ One run each. Energies are counted from a table that is mostly estimated; second
 
 Files with circuits are longer, for which value a weight takes needs as many bits as the weight. Not reading 2,400 bytes
 from SRAM is 3,000 pJ, and reading 150 inputs 188; but with one weight in a cycle each reads an index of 8 bits, and the
-circuit loses 439 pJ. With ``--seed-circuit random --seconds 25`` (seed 0) le_selector at 0 ends with MSE 1.1, 413 gates
-and 9.1 pJ: the built circuit that evolution starts from does the work.
+circuit loses 439 pJ. With ``--seed-circuit random --seconds 25`` (seed 0, 1.2 million generations) le_selector ends
+with MSE 0.22, 169 gates and 1.9 pJ: the built circuit that evolution starts from does the work.
 
 Machine: 2 shared cores of an Intel Xeon at 2.1 GHz, CPU only. Python 3.11, torch 2.15.0, lightning 2.6.6, numba 0.68.
 """
