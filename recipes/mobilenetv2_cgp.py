@@ -23,7 +23,6 @@ Machine: 2 shared cores of an Intel Xeon at 2.1 GHz, CPU only. Python 3.11, torc
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,12 +82,6 @@ def best(folder: campaign.Folder) -> tuple[cgp.Circuit, dict[str, str]]:
     return cgp.Circuit.from_text(folder.chromosome(run).read_text(encoding="utf-8")), rows[run]
 
 
-def rms(problem: cgp.Problem, circuit: cgp.Circuit) -> float:
-    """Root mean square error of all weights, in int8 steps."""
-    (wanted,), (found,) = (problem.decode(x) for x in (problem.targets, problem.outputs(circuit)))
-    return math.sqrt(((wanted.astype(int) - found) ** 2).mean())
-
-
 def report(net: nn.Module, experiments: Sequence[cgp.Experiment], folder: Path) -> None:
     """What the best runs found, and the bytes of files with integers and with circuits."""
     rows: list[list[Any]] = []
@@ -99,7 +92,7 @@ def report(net: nn.Module, experiments: Sequence[cgp.Experiment], folder: Path) 
         key, threshold = experiment.places[0].key, experiment.settings.error_threshold
         loaded, weights = experiment.problem.loaded, experiment.problem.weights
         found = [
-            rms(experiment.problem, circuit),
+            experiment.problem.rms(circuit),
             int(last["gate_count"]),
             float(last["energy"]),
             loaded * price,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -165,6 +166,19 @@ class Problem:
         """
         x = self.inputs[0] if circuit.grid.datasets == 1 else self.inputs
         return circuit.evaluate(x).reshape(self.targets.shape)
+
+    def rms(self, circuit: Circuit) -> float:
+        """Root mean square error of all weights, those that take an input among them.
+
+        Args:
+            circuit: of as many inputs, outputs and data sets.
+
+        Returns:
+            The error in int8 steps.
+        """
+        rows = zip(self.decode(self.targets), self.decode(self.outputs(circuit)), strict=True)
+        square = sum(int(((a.astype(np.int64) - b) ** 2).sum()) for a, b in rows)
+        return math.sqrt(square / self.weights)
 
 
 def _int8(values: npt.ArrayLike, what: str) -> Int8:

@@ -201,12 +201,7 @@ class EvolutionResult:
     @property
     def rms(self) -> float:
         """Root mean square error of all weights, inputs among them, in int8 steps."""
-        wanted = self.problem.decode(self.problem.targets)
-        found = self.problem.decode(self.problem.outputs(self.best.circuit))
-        square = sum(
-            int(((a.astype(int) - b.astype(int)) ** 2).sum()) for a, b in zip(wanted, found, strict=True)
-        )
-        return math.sqrt(square / self.problem.weights)
+        return self.problem.rms(self.best.circuit)
 
 
 def run_seed(seed: int, run: int) -> int:
