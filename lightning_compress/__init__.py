@@ -14,7 +14,7 @@ from lightning_compress.callbacks.quantization import QuantizationAwareTraining
 from lightning_compress.callbacks.regularization import LowRankRegularization
 from lightning_compress.callbacks.removal import ScheduledRemoval
 from lightning_compress.callbacks.sparsity import SparsityRegularization
-from lightning_compress.cgp.weights import EvolveWeights
+from lightning_compress.cgp.layers.weights import EvolveWeights
 from lightning_compress.codes import Code
 from lightning_compress.compress import compress
 from lightning_compress.cost import cost

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 import lightning_compress as lc
 from lightning_compress import cgp
 from lightning_compress.cgp import presets
-from lightning_compress.cgp.writing import write
+from lightning_compress.cgp.layers.writing import write
 from lightning_compress.checkpoints import load_weights
 from lightning_compress.tables import text
 

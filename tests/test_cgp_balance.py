@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_compress.cgp.balance import BreakEven, break_even
-from lightning_compress.cgp.circuit import CircuitCost
-from lightning_compress.cgp.problem import Problem
+from lightning_compress.cgp.gates.circuit import CircuitCost
+from lightning_compress.cgp.search.problem import Problem
 from lightning_compress.energy import EnergyTable
 
 int8 = st.integers(-128, 127)

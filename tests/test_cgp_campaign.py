@@ -23,12 +23,12 @@ from lightning_compress.cgp.campaign.processes import Processes
 from lightning_compress.cgp.campaign.states import HEARTBEAT, alone, stands
 from lightning_compress.cgp.campaign.statistics import Growing, lines_of
 from lightning_compress.cgp.campaign.texts import details, differences, rebuild, settings_of, train_data
-from lightning_compress.cgp.circuit import Circuit
-from lightning_compress.cgp.evolution import evolve
 from lightning_compress.cgp.experiments import Experiment, Place
-from lightning_compress.cgp.functions import FUNCTIONS
-from lightning_compress.cgp.problem import Problem
-from lightning_compress.cgp.settings import Settings, run_seed
+from lightning_compress.cgp.gates.circuit import Circuit
+from lightning_compress.cgp.gates.functions import FUNCTIONS
+from lightning_compress.cgp.search.evolution import evolve
+from lightning_compress.cgp.search.problem import Problem
+from lightning_compress.cgp.search.settings import Settings, run_seed
 from lightning_compress.energy import EnergyTable, Operation
 
 SMALL = {

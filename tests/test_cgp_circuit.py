@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_compress.cgp import Circuit, CircuitCost, Grid, to_python, to_testbench, to_verilog
-from lightning_compress.cgp.functions import FUNCTIONS, SELECTING, STANDARD, WIRE, apply
+from lightning_compress.cgp.gates.functions import FUNCTIONS, SELECTING, STANDARD, WIRE, apply
 from lightning_compress.energy import EnergyTable, Operation
 
 A, B = (grid.ravel() for grid in np.meshgrid(np.arange(-128, 128), np.arange(-128, 128), indexing="ij"))

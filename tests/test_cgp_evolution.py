@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_compress.cgp import Circuit, Evolution, EvolutionResult, Problem, Settings, evolve
-from lightning_compress.cgp.engine import Compiled
-from lightning_compress.cgp.functions import FUNCTIONS, apply
-from lightning_compress.cgp.seeds import random_circuit
+from lightning_compress.cgp.gates.functions import FUNCTIONS, apply
+from lightning_compress.cgp.search.engine import Compiled
+from lightning_compress.cgp.search.seeds import random_circuit
 
 SMALL = Settings(
     rows=5, cols=4, offspring=3, mutation=0.1, patience=60, generations=120, seed=5, seed_circuit="random"

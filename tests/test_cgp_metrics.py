@@ -15,11 +15,11 @@ import lightning_compress as lc
 from lightning_compress.cgp import Evolution, Settings, evolve, presets
 from lightning_compress.cgp.campaign import COLUMNS, merge, plan, read_rows, run
 from lightning_compress.cgp.experiments import Experiment
-from lightning_compress.cgp.integers import read_int8
-from lightning_compress.cgp.logs import log_to
+from lightning_compress.cgp.layers.integers import read_int8
 from lightning_compress.cgp.metrics import SCORED, model_metrics, scores, write_metrics
+from lightning_compress.cgp.search.logs import log_to
+from lightning_compress.cgp.search.settings import MILLI, PICO
 from lightning_compress.cgp.sensitivity import sensitivity, write_sensitivity
-from lightning_compress.cgp.settings import MILLI, PICO
 from lightning_compress.plots.circuits import circuit_front, evolution_history
 from lightning_compress.quantization.quantize import Quantize
 

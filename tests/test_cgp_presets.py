@@ -13,11 +13,12 @@ from torch import nn
 
 import lightning_compress as lc
 from lightning_compress import codes
-from lightning_compress.cgp import Grid, Settings, evolve, ordering, presets
-from lightning_compress.cgp.functions import SELECTING
-from lightning_compress.cgp.integers import all_int8, find_int8
-from lightning_compress.cgp.seeds import random_circuit
-from lightning_compress.cgp.writing import write
+from lightning_compress.cgp import Grid, Settings, evolve, presets
+from lightning_compress.cgp.gates.functions import SELECTING
+from lightning_compress.cgp.layers import ordering
+from lightning_compress.cgp.layers.integers import all_int8, find_int8
+from lightning_compress.cgp.layers.writing import write
+from lightning_compress.cgp.search.seeds import random_circuit
 
 
 @functools.cache

@@ -10,11 +10,11 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from lightning_compress.cgp import Circuit, Grid
-from lightning_compress.cgp.derivation import derive
-from lightning_compress.cgp.functions import FUNCTIONS, SELECTING, STANDARD, WIRE, apply
-from lightning_compress.cgp.layout import place
-from lightning_compress.cgp.problem import Problem
-from lightning_compress.cgp.seeds import adder, random_circuit
+from lightning_compress.cgp.gates.functions import FUNCTIONS, SELECTING, STANDARD, WIRE, apply
+from lightning_compress.cgp.search.derivation import derive
+from lightning_compress.cgp.search.layout import place
+from lightning_compress.cgp.search.problem import Problem
+from lightning_compress.cgp.search.seeds import adder, random_circuit
 from lightning_compress.energy import EnergyTable, Operation
 
 TABLE = EnergyTable.default()

@@ -17,14 +17,14 @@ from torch import nn
 import lightning_compress as lc
 from lightning_compress import codes
 from lightning_compress.cgp import Circuit, CircuitCost, Grid, Problem, Settings, Solution
-from lightning_compress.cgp import weights as cgp_weights
 from lightning_compress.cgp.balance import break_even
-from lightning_compress.cgp.choices import Choice
-from lightning_compress.cgp.codes import CircuitCode
-from lightning_compress.cgp.functions import FUNCTIONS, apply
-from lightning_compress.cgp.integers import all_int8, find_int8, read_int8, weight_of
-from lightning_compress.cgp.settings import EvolutionResult, run_seed
-from lightning_compress.cgp.weights import EvolveWeights, best_run
+from lightning_compress.cgp.gates.functions import FUNCTIONS, apply
+from lightning_compress.cgp.layers import weights as cgp_weights
+from lightning_compress.cgp.layers.choices import Choice
+from lightning_compress.cgp.layers.codes import CircuitCode
+from lightning_compress.cgp.layers.integers import all_int8, find_int8, read_int8, weight_of
+from lightning_compress.cgp.layers.weights import EvolveWeights, best_run
+from lightning_compress.cgp.search.settings import EvolutionResult, run_seed
 from lightning_compress.compress import Result
 from lightning_compress.functional.lengths import encoded_bytes
 from lightning_compress.pipelines.config import CompressionConfig

@@ -15,7 +15,7 @@ import lightning_compress as lc
 from lightning_compress import cli, codes
 from lightning_compress.cgp import Circuit, Settings, evolve, presets, to_python, to_verilog
 from lightning_compress.cgp.campaign import Folder, find, read, read_rows
-from lightning_compress.cgp.integers import read_int8
+from lightning_compress.cgp.layers.integers import read_int8
 from lightning_compress.cgp.metrics import scores
 from lightning_compress.checkpoints import load_weights
 from lightning_compress.cli import datasets

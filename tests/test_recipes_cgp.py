@@ -15,8 +15,8 @@ import torch
 
 import lightning_compress as lc
 from lightning_compress import cgp
-from lightning_compress.cgp.codes import CircuitCode
-from lightning_compress.cgp.integers import find_int8, read_int8
+from lightning_compress.cgp.layers.codes import CircuitCode
+from lightning_compress.cgp.layers.integers import find_int8, read_int8
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--rows", "24", "--cols", "16", "--generations", "20", "--patience", "20"]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_compress.cgp.circuit import CircuitCost
-from lightning_compress.cgp.problem import Problem
+from lightning_compress.cgp.gates.circuit import CircuitCost
+from lightning_compress.cgp.search.problem import Problem
 from lightning_compress.energy import EnergyTable
 
 MEMORIES = ("sram", "dram")
@@ -174,8 +174,8 @@ def break_even(
 
     Examples:
         >>> from lightning_compress.cgp.balance import break_even
-        >>> from lightning_compress.cgp.circuit import CircuitCost
-        >>> from lightning_compress.cgp.problem import Problem
+        >>> from lightning_compress.cgp.gates.circuit import CircuitCost
+        >>> from lightning_compress.cgp.search.problem import Problem
         >>> problem = Problem.of([[3]], [[12, -116, 12, 12]])  # four bytes from one
         >>> circuit = CircuitCost(energy_pj=0.0005, area_um2=0.0, delay=0.05, depth=2, gate_count=2)
         >>> print(break_even(problem, circuit))

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_compress.cgp.functions import Int8
-from lightning_compress.cgp.problem import Ints, Problem
-from lightning_compress.cgp.settings import Settings
+from lightning_compress.cgp.gates.functions import Int8
+from lightning_compress.cgp.search.problem import Ints, Problem
+from lightning_compress.cgp.search.settings import Settings
 
 Array = npt.NDArray[Any]
 

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from lightning_compress.cgp.campaign.folders import METRICS, Folder, find
 from lightning_compress.cgp.campaign.statistics import COLUMNS, read_rows, write
-from lightning_compress.cgp.circuit import Circuit
 from lightning_compress.cgp.experiments import Experiment
-from lightning_compress.cgp.integers import all_int8
-from lightning_compress.cgp.writing import write as put
+from lightning_compress.cgp.gates.circuit import Circuit
+from lightning_compress.cgp.layers.integers import all_int8
+from lightning_compress.cgp.layers.writing import write as put
 from lightning_compress.stats.running import call, evaluating
 
 SCORED = (*COLUMNS, "Top-1", "Top-5", "Loss", "Run ID")

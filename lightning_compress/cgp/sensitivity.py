@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lightning_compress.cgp.choices import centre
-from lightning_compress.cgp.functions import Int8
-from lightning_compress.cgp.integers import all_int8, weight_of
+from lightning_compress.cgp.gates.functions import Int8
+from lightning_compress.cgp.layers.choices import centre
+from lightning_compress.cgp.layers.integers import all_int8, weight_of
 from lightning_compress.cgp.metrics import Batches, scores
 from lightning_compress.names import matches
 from lightning_compress.targets import parameter

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lightning_compress.batchnorm import ReestimateBatchNorm
-from lightning_compress.cgp.weights import EvolveWeights
+from lightning_compress.cgp.layers.weights import EvolveWeights
 from lightning_compress.compress import check_order
 from lightning_compress.fusion import FuseBatchNorm
 from lightning_compress.lowrank import Factorize, MergeFactors

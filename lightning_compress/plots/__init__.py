@@ -5,6 +5,7 @@ They never touch pyplot's global state: they draw on the Axes that are given, or
 
 from lightning_compress.plots.bars import layer_bytes, layer_sparsity, layers
 from lightning_compress.plots.choices import best_bytes, summary
+from lightning_compress.plots.circuits import circuit_front, evolution_history
 from lightning_compress.plots.combined import pipeline_ratios
 from lightning_compress.plots.curves import trade_off
 from lightning_compress.plots.fronts import pareto_front
@@ -18,10 +19,12 @@ from lightning_compress.plots.techniques import error_bars, ratio_bars
 __all__ = [
     "ber_compression_analysis",
     "best_bytes",
+    "circuit_front",
     "compression_analysis",
     "error_against_ratio",
     "error_bars",
     "error_front",
+    "evolution_history",
     "layer_bytes",
     "layer_sparsity",
     "layers",

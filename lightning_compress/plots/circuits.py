@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lightning_compress.cgp.settings import PICO, Row
+from lightning_compress.cgp.search.settings import PICO, Row
 from lightning_compress.plots import canvas
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def evolution_history(runs: Mapping[str, Sequence[Row]]) -> tuple[Axes, Axes]:
         ValueError: a history is empty, or there is none.
 
     Examples:
-        >>> from lightning_compress.cgp.settings import Row
+        >>> from lightning_compress.cgp.search.settings import Row
         >>> from lightning_compress.plots.circuits import evolution_history
         >>> rows = [
         ...     Row(0, 1, 0.0, 900, 60_000, 1000, 1, 2),

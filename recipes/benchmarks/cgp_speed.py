@@ -58,10 +58,11 @@ import numpy as np
 from numba import njit
 
 from lightning_compress import tables
-from lightning_compress.cgp import Problem, Settings, loops
-from lightning_compress.cgp.engine import Compiled
-from lightning_compress.cgp.reference import Reference
-from lightning_compress.cgp.seeds import adder, random_circuit
+from lightning_compress.cgp import Problem, Settings
+from lightning_compress.cgp.search import loops
+from lightning_compress.cgp.search.engine import Compiled
+from lightning_compress.cgp.search.reference import Reference
+from lightning_compress.cgp.search.seeds import adder, random_circuit
 
 SEED, FOREVER = 1, 1 << 60
 ERROR, ENERGY, DELAY, GATES, DEPTH = range(5)

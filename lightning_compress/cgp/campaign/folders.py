@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning_compress.cgp.campaign.texts import differences, rebuild, settings_of
 from lightning_compress.cgp.experiments import Experiment
-from lightning_compress.cgp.settings import Settings
+from lightning_compress.cgp.search.settings import Settings
 from lightning_compress.energy import EnergyTable
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

@@ -6,8 +6,8 @@ from collections import Counter
 
 from lightning_compress.cgp.campaign.folders import Folder
 from lightning_compress.cgp.campaign.statistics import write
-from lightning_compress.cgp.circuit import Circuit
-from lightning_compress.cgp.functions import FUNCTIONS
+from lightning_compress.cgp.gates.circuit import Circuit
+from lightning_compress.cgp.gates.functions import FUNCTIONS
 
 
 def write_gates(folder: Folder) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from lightning_compress.cgp.campaign.folders import Folder
 from lightning_compress.cgp.campaign.states import DamagedState, State, alone, load
 from lightning_compress.cgp.campaign.statistics import Growing, line, quoted, write
-from lightning_compress.cgp.evolution import Evolution
-from lightning_compress.cgp.settings import PICO, EvolutionResult, run_seed
+from lightning_compress.cgp.search.evolution import Evolution
+from lightning_compress.cgp.search.settings import PICO, EvolutionResult, run_seed
 
 SAVED = 60.0
 FRONT = "error,energy,delay,gate_count,chromosome\n"

@@ -7,7 +7,7 @@ import os
 import zipfile
 from pathlib import Path
 
-from lightning_compress.cgp.settings import MILLI, PICO, Row
+from lightning_compress.cgp.search.settings import MILLI, PICO, Row
 from lightning_compress.container import replacing
 
 COLUMNS = (
@@ -42,7 +42,7 @@ def line(run: int, row: Row, area: float, chromosome: str) -> str:
 
     Examples:
         >>> from lightning_compress.cgp.campaign.statistics import line
-        >>> from lightning_compress.cgp.settings import Row
+        >>> from lightning_compress.cgp.search.settings import Row
         >>> line(3, Row(10, 2, 0.5, 4, 60_000, 2_000, 2, 2), float("nan"), "")
         '3,10,0.500,4,60000,0.06,,2000,2.0,2,2,\n'
     """

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_compress.cgp.experiments import Place
-from lightning_compress.cgp.problem import Ints, Problem
-from lightning_compress.cgp.settings import Settings
+from lightning_compress.cgp.search.problem import Ints, Problem
+from lightning_compress.cgp.search.settings import Settings
 from lightning_compress.energy import EnergyTable, Operation
 
 IGNORED = "x"
@@ -50,7 +50,7 @@ def rebuild(train: str, given: Mapping[str, Any]) -> tuple[Problem, tuple[Place,
     Examples:
         >>> from lightning_compress.cgp.campaign.texts import details, rebuild, train_data
         >>> from lightning_compress.cgp.experiments import Place
-        >>> from lightning_compress.cgp.problem import Problem
+        >>> from lightning_compress.cgp.search.problem import Problem
         >>> problem = Problem.of([[3, 4]], [[7, 3, 7]])
         >>> train_data(problem)
         '3 4\n7\n'

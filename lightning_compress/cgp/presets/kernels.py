@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from lightning_compress.cgp.choices import Choice, centre
 from lightning_compress.cgp.experiments import Experiment, Place
+from lightning_compress.cgp.layers.choices import Choice, centre
 from lightning_compress.cgp.presets.parts import LENET, PERFECT, Layer, at_thresholds, layers_of
-from lightning_compress.cgp.problem import Problem
-from lightning_compress.cgp.settings import Settings
+from lightning_compress.cgp.search.problem import Problem
+from lightning_compress.cgp.search.settings import Settings
 
 
 def all_layers(

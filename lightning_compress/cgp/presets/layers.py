@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
-from lightning_compress.cgp.choices import Choice
 from lightning_compress.cgp.experiments import Experiment, Place
-from lightning_compress.cgp.integers import all_int8
+from lightning_compress.cgp.layers.choices import Choice
+from lightning_compress.cgp.layers.integers import all_int8
 from lightning_compress.cgp.presets.parts import LENET, PERFECT, Layer, at_thresholds, layer_of, layers_of
-from lightning_compress.cgp.problem import Problem
-from lightning_compress.cgp.settings import Settings
+from lightning_compress.cgp.search.problem import Problem
+from lightning_compress.cgp.search.settings import Settings
 
 _BYPASS = (250.0, 150.0, 100.0, 50.0, 25.0, 15.0, 10.0, 0.0)
 

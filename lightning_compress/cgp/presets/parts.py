@@ -9,10 +9,10 @@ import numpy as np
 from torch import nn
 
 from lightning_compress.cgp.experiments import Experiment, Place
-from lightning_compress.cgp.functions import Int8
-from lightning_compress.cgp.integers import find_int8
-from lightning_compress.cgp.problem import Ints, Problem
-from lightning_compress.cgp.settings import Settings
+from lightning_compress.cgp.gates.functions import Int8
+from lightning_compress.cgp.layers.integers import find_int8
+from lightning_compress.cgp.search.problem import Ints, Problem
+from lightning_compress.cgp.search.settings import Settings
 
 LENET = ("conv1", "conv2")  # layers that presets take unless others are named
 PERFECT = (0.0,)  # thresholds

@@ -24,7 +24,7 @@ from lightning_compress.cgp.campaign import (
 from lightning_compress.cgp.campaign.merging import MODES
 from lightning_compress.cgp.experiments import Experiment
 from lightning_compress.cgp.presets import PRESETS
-from lightning_compress.cgp.settings import PICO, Row
+from lightning_compress.cgp.search.settings import PICO, Row
 from lightning_compress.cli import networks
 from lightning_compress.cli.evolve import experiments
 from lightning_compress.cli.networks import InputError

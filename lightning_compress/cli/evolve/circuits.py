@@ -12,12 +12,12 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning_compress import contents
 from lightning_compress.cgp.balance import MEMORIES, WIRINGS, break_even
 from lightning_compress.cgp.campaign import find, read_rows
-from lightning_compress.cgp.circuit import Circuit
-from lightning_compress.cgp.codes import CircuitCode
-from lightning_compress.cgp.export import to_python, to_testbench, to_verilog
-from lightning_compress.cgp.functions import Int8
+from lightning_compress.cgp.gates.circuit import Circuit
+from lightning_compress.cgp.gates.export import to_python, to_testbench, to_verilog
+from lightning_compress.cgp.gates.functions import Int8
+from lightning_compress.cgp.layers.codes import CircuitCode
 from lightning_compress.cgp.metrics import circuit_for
-from lightning_compress.cgp.problem import Problem
+from lightning_compress.cgp.search.problem import Problem
 from lightning_compress.cli import networks
 from lightning_compress.cli.evolve import experiments
 from lightning_compress.cli.evolve.campaign import best_of

@@ -10,9 +10,9 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import nn
 
 from lightning_compress.cgp.experiments import Experiment
-from lightning_compress.cgp.integers import all_int8
+from lightning_compress.cgp.layers.integers import all_int8
 from lightning_compress.cgp.presets import PRESETS
-from lightning_compress.cgp.settings import Settings
+from lightning_compress.cgp.search.settings import Settings
 from lightning_compress.cli import networks
 from lightning_compress.cli.networks import InputError
 from lightning_compress.compress import compress

@@ -16,16 +16,16 @@ from tqdm import tqdm
 
 from lightning_compress import codes
 from lightning_compress.cgp.balance import BreakEven, break_even
-from lightning_compress.cgp.choices import Choice
-from lightning_compress.cgp.codes import CircuitCode
-from lightning_compress.cgp.evolution import Evolution
 from lightning_compress.cgp.experiments import Experiment
-from lightning_compress.cgp.integers import all_int8, tensors_of
-from lightning_compress.cgp.logs import log_to
+from lightning_compress.cgp.layers.choices import Choice
+from lightning_compress.cgp.layers.codes import CircuitCode
+from lightning_compress.cgp.layers.integers import all_int8, tensors_of
+from lightning_compress.cgp.layers.weights import EvolveWeights, best_run
+from lightning_compress.cgp.layers.writing import write
 from lightning_compress.cgp.presets import PRESETS
-from lightning_compress.cgp.settings import EvolutionResult
-from lightning_compress.cgp.weights import EvolveWeights, best_run
-from lightning_compress.cgp.writing import write
+from lightning_compress.cgp.search.evolution import Evolution
+from lightning_compress.cgp.search.logs import log_to
+from lightning_compress.cgp.search.settings import EvolutionResult
 from lightning_compress.cli import networks
 from lightning_compress.cli.evolve import experiments
 from lightning_compress.cli.networks import InputError

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import codes
-from lightning_compress.cgp.functions import Int8
+from lightning_compress.cgp.gates.functions import Int8
 from lightning_compress.codes import Code
 from lightning_compress.targets import parameter
 
@@ -45,7 +45,7 @@ def read_int8(module: nn.Module, param: str) -> tuple[Int8, Code]:
         ValueError: the weight has no such code, has left it, or it is none of 2 to 8 bits around zero.
 
     Examples:
-        >>> from lightning_compress.cgp.integers import read_int8
+        >>> from lightning_compress.cgp.layers.integers import read_int8
         >>> net = compress(nn.Sequential(nn.Linear(4, 2)), [Quantize(8)]).model
         >>> read_int8(net[0], "weight")[0].shape
         (2, 4)
@@ -80,7 +80,7 @@ def all_int8(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Int8, Code
         them.
 
     Examples:
-        >>> from lightning_compress.cgp.integers import all_int8
+        >>> from lightning_compress.cgp.layers.integers import all_int8
         >>> net = compress(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2)), [Quantize(8, exclude="0")]).model
         >>> [key for key, *_ in all_int8(net)]
         ['1.weight']
@@ -156,7 +156,7 @@ def weight_of(base: Code, values: Int8, dtype: torch.dtype) -> tuple[Tensor, Cod
         The weight on the CPU, and its code: ``base``, or one with a larger grid if values are outside.
 
     Examples:
-        >>> from lightning_compress.cgp.integers import read_int8, weight_of
+        >>> from lightning_compress.cgp.layers.integers import read_int8, weight_of
         >>> layer = compress(nn.Sequential(nn.Linear(4, 2)), [Quantize(8)]).model[0]
         >>> values, base = read_int8(layer, "weight")
         >>> torch.equal(weight_of(base, values, torch.float32)[0], layer.weight)

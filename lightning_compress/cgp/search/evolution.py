@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_compress.cgp.circuit import Circuit
-from lightning_compress.cgp.engine import Compiled
-from lightning_compress.cgp.problem import Problem
-from lightning_compress.cgp.reference import Reference
-from lightning_compress.cgp.seeds import adder, random_circuit
-from lightning_compress.cgp.settings import EvolutionResult, Row, Settings, Solution, run_seed
+from lightning_compress.cgp.gates.circuit import Circuit
+from lightning_compress.cgp.search.engine import Compiled
+from lightning_compress.cgp.search.problem import Problem
+from lightning_compress.cgp.search.reference import Reference
+from lightning_compress.cgp.search.seeds import adder, random_circuit
+from lightning_compress.cgp.search.settings import EvolutionResult, Row, Settings, Solution, run_seed
 
 ENGINES: dict[str, type[Compiled] | type[Reference]] = {"compiled": Compiled, "reference": Reference}
 _ARRAYS: dict[str, Any] = {
@@ -304,7 +304,7 @@ def digest(problem: Problem) -> str:
 
     Examples:
         >>> from lightning_compress.cgp import Problem
-        >>> from lightning_compress.cgp.evolution import digest
+        >>> from lightning_compress.cgp.search.evolution import digest
         >>> digest(Problem.of([[1]], [[2]])) == digest(Problem.of([[1]], [[3]]))
         False
     """

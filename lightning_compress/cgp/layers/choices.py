@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lightning_compress.cgp.functions import Int8
-from lightning_compress.cgp.problem import Ints, Problem
+from lightning_compress.cgp.gates.functions import Int8
+from lightning_compress.cgp.search.problem import Ints, Problem
 
 _ALLOWED = '"layer:NAME", "core:SIZE", "ring:SIZE", "constants", "frequent:COUNT" or "first:COUNT"'
 
@@ -54,7 +54,7 @@ class Choice:
         size: of "core" and "ring" the side of the centre; of "frequent" and "first" how many.
 
     Examples:
-        >>> from lightning_compress.cgp.choices import Choice
+        >>> from lightning_compress.cgp.layers.choices import Choice
         >>> Choice.parse("core:3"), Choice.parse("layer:conv1").layer
         (Choice(kind='core', layer='', size=3), 'conv1')
     """
@@ -100,7 +100,7 @@ class Choice:
             ValueError: the weight is too small for it or has no kernels; names the layer and its sizes.
 
         Examples:
-            >>> from lightning_compress.cgp.choices import Choice
+            >>> from lightning_compress.cgp.layers.choices import Choice
             >>> kernel = np.arange(9, dtype=np.int8).reshape(1, 1, 3, 3)
             >>> chosen = Choice("core", size=1).select("conv", kernel)
             >>> chosen.inputs.tolist(), chosen.positions.tolist()

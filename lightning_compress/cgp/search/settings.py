@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_compress.cgp.circuit import Circuit, CircuitCost, Grid
-from lightning_compress.cgp.functions import FUNCTIONS, SELECTING, STANDARD
-from lightning_compress.cgp.problem import Problem
+from lightning_compress.cgp.gates.circuit import Circuit, CircuitCost, Grid
+from lightning_compress.cgp.gates.functions import FUNCTIONS, SELECTING, STANDARD
+from lightning_compress.cgp.search.problem import Problem
 from lightning_compress.energy import EnergyTable
 
 FITNESS = ("SE", "MSE", "AE")
@@ -215,7 +215,7 @@ def run_seed(seed: int, run: int) -> int:
         A seed, 0 to 2^63 - 1; run 0 has ``seed`` itself.
 
     Examples:
-        >>> from lightning_compress.cgp.settings import run_seed
+        >>> from lightning_compress.cgp.search.settings import run_seed
         >>> run_seed(7, 0), run_seed(7, 1) == run_seed(7, 2)
         (7, False)
 

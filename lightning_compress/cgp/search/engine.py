@@ -8,12 +8,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_compress.cgp import loops
-from lightning_compress.cgp.circuit import Circuit, Grid
-from lightning_compress.cgp.functions import FUNCTIONS, WIRE
-from lightning_compress.cgp.loops import DEBRUIJN, DELAY, KEPT, STAGNATION, UNKNOWN, Fixed, Sizes, State
-from lightning_compress.cgp.problem import Problem
-from lightning_compress.cgp.settings import MILLI, PICO, Settings
+from lightning_compress.cgp.gates.circuit import Circuit, Grid
+from lightning_compress.cgp.gates.functions import FUNCTIONS, WIRE
+from lightning_compress.cgp.search import loops
+from lightning_compress.cgp.search.loops import (
+    DEBRUIJN,
+    DELAY,
+    KEPT,
+    STAGNATION,
+    UNKNOWN,
+    Fixed,
+    Sizes,
+    State,
+)
+from lightning_compress.cgp.search.problem import Problem
+from lightning_compress.cgp.search.settings import MILLI, PICO, Settings
 
 Array = npt.NDArray[Any]
 _MAX = WIRE + 1

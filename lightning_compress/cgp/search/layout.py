@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lightning_compress.cgp.circuit import GENES, Circuit, Grid
-from lightning_compress.cgp.functions import FUNCTIONS, WIRE
+from lightning_compress.cgp.gates.circuit import GENES, Circuit, Grid
+from lightning_compress.cgp.gates.functions import FUNCTIONS, WIRE
 
 Genes = npt.NDArray[np.int32]
 _SLACKS = (None, 0, 1, 2, 4, 8)
@@ -29,9 +29,9 @@ def place(circuit: Circuit, grid: Grid, carrier: int | None, spare: Genes) -> Ci
 
     Examples:
         >>> import numpy as np
-        >>> from lightning_compress.cgp.circuit import Circuit, Grid
-        >>> from lightning_compress.cgp.layout import place
-        >>> from lightning_compress.cgp.seeds import random_circuit
+        >>> from lightning_compress.cgp.gates.circuit import Circuit, Grid
+        >>> from lightning_compress.cgp.search.layout import place
+        >>> from lightning_compress.cgp.search.seeds import random_circuit
         >>> circuit = Circuit.from_text("{1,1,2,1,2,2,1}([1]0,0,12)([2]1,1,12)(2)")  # 4 x
         >>> grid = Grid(1, 1, rows=2, cols=3)
         >>> place(circuit, grid, None, random_circuit(grid, [11], np.random.default_rng(0)).genome).evaluate([5])

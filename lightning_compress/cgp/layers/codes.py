@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_compress.cgp.circuit import GENES, Circuit, CircuitCost, Grid
-from lightning_compress.cgp.functions import FUNCTIONS, WIRE, Int8
-from lightning_compress.cgp.integers import tensors_of, widened
-from lightning_compress.cgp.ordering import in_runs, needed, origin, uses
-from lightning_compress.cgp.problem import Ints, Problem
+from lightning_compress.cgp.gates.circuit import GENES, Circuit, CircuitCost, Grid
+from lightning_compress.cgp.gates.functions import FUNCTIONS, WIRE, Int8
+from lightning_compress.cgp.layers.integers import tensors_of, widened
+from lightning_compress.cgp.layers.ordering import in_runs, needed, origin, uses
+from lightning_compress.cgp.search.problem import Ints, Problem
 from lightning_compress.codes import Code
 from lightning_compress.energy import EnergyTable
 from lightning_compress.functional.bit_errors import Word
@@ -46,8 +46,8 @@ class CircuitCode(Code):
 
     Examples:
         >>> from lightning_compress.cgp import Circuit
-        >>> from lightning_compress.cgp.codes import CircuitCode
-        >>> from lightning_compress.cgp.integers import read_int8
+        >>> from lightning_compress.cgp.layers.codes import CircuitCode
+        >>> from lightning_compress.cgp.layers.integers import read_int8
         >>> _, base = read_int8(compress(nn.Sequential(nn.Linear(2, 2)), [Quantize(8)]).model[0], "weight")
         >>> circuit = Circuit.from_text("{1,2,1,2,2,1,1}([1]0,0,7)([2]0,0,6)(1,2)")
         >>> halves = np.array([63, 31, 127, 127], dtype=np.int8).reshape(2, 2)

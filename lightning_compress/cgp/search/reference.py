@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_compress.cgp.circuit import Circuit
-from lightning_compress.cgp.functions import FUNCTIONS, WIRE
-from lightning_compress.cgp.problem import Problem
-from lightning_compress.cgp.settings import MILLI, PICO, Settings
+from lightning_compress.cgp.gates.circuit import Circuit
+from lightning_compress.cgp.gates.functions import FUNCTIONS, WIRE
+from lightning_compress.cgp.search.problem import Problem
+from lightning_compress.cgp.search.settings import MILLI, PICO, Settings
 
 Array = npt.NDArray[Any]
 Cost = tuple[int, int, int, int, int]  # error, energy, delay, gates, depth

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from lightning_compress.cgp.evolution import Callback, Evolution
-from lightning_compress.cgp.settings import MILLI, PICO
+from lightning_compress.cgp.search.evolution import Callback, Evolution
+from lightning_compress.cgp.search.settings import MILLI, PICO
 
 
 class Writer(Protocol):
@@ -31,8 +31,8 @@ def log_to(writer: Writer, prefix: str = "cgp") -> Callback:
 
     Examples:
         >>> from types import SimpleNamespace
-        >>> from lightning_compress.cgp.logs import log_to
-        >>> from lightning_compress.cgp.settings import Row
+        >>> from lightning_compress.cgp.search.logs import log_to
+        >>> from lightning_compress.cgp.search.settings import Row
         >>> class Printer:
         ...     def add_scalar(self, tag, scalar_value, global_step):
         ...         print(global_step, tag, scalar_value)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lightning_compress.cgp.functions import FUNCTIONS, WIRE, apply
+from lightning_compress.cgp.gates.functions import FUNCTIONS, WIRE, apply
 from lightning_compress.energy import EnergyTable
 from lightning_compress.functional.compiled import compiled
 
@@ -96,7 +96,7 @@ def derive(
 
     Examples:
         >>> import numpy as np
-        >>> from lightning_compress.cgp.derivation import derive
+        >>> from lightning_compress.cgp.search.derivation import derive
         >>> from lightning_compress.energy import EnergyTable
         >>> three, twelve = (np.arange(-128, 128) == v for v in (3, 12))
         >>> derivation = derive(three, twelve, range(27), EnergyTable.default(), levels=4)

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from lightning_compress import codes
-from lightning_compress.cgp.circuit import Circuit
-from lightning_compress.cgp.codes import CircuitCode
 from lightning_compress.cgp.experiments import Experiment
-from lightning_compress.cgp.integers import QUANTIZE, all_int8, weight_of
-from lightning_compress.cgp.ordering import alone
+from lightning_compress.cgp.gates.circuit import Circuit
+from lightning_compress.cgp.layers.codes import CircuitCode
+from lightning_compress.cgp.layers.integers import QUANTIZE, all_int8, weight_of
+from lightning_compress.cgp.layers.ordering import alone
 from lightning_compress.targets import parameter
 
 
@@ -34,7 +34,7 @@ def write(model: nn.Module, experiment: Experiment, circuit: Circuit) -> tuple[s
 
     Examples:
         >>> from lightning_compress.cgp import Settings, evolve, presets
-        >>> from lightning_compress.cgp.writing import write
+        >>> from lightning_compress.cgp.layers.writing import write
         >>> net = compress(models.build("lenet5"), [Quantize(8)]).model
         >>> first = presets.layer_bypass(net, thresholds=[5], settings=Settings(generations=20))[0]
         >>> write(net, first, evolve(first.problem, first.settings).best.circuit)

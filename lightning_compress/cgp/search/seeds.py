@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from lightning_compress.cgp.circuit import GENES, Circuit, Grid
-from lightning_compress.cgp.derivation import LOW, derive
-from lightning_compress.cgp.functions import FUNCTIONS, WIRE
-from lightning_compress.cgp.layout import place
-from lightning_compress.cgp.problem import Ints, Problem
+from lightning_compress.cgp.gates.circuit import GENES, Circuit, Grid
+from lightning_compress.cgp.gates.functions import FUNCTIONS, WIRE
+from lightning_compress.cgp.search.derivation import LOW, derive
+from lightning_compress.cgp.search.layout import place
+from lightning_compress.cgp.search.problem import Ints, Problem
 from lightning_compress.energy import EnergyTable
 
 Source = tuple[str, int]  # ("pin", number of an input) or ("value", v + 128)
@@ -45,8 +45,8 @@ def random_circuit(grid: Grid, functions: Sequence[int], random: np.random.Gener
 
     Examples:
         >>> import numpy as np
-        >>> from lightning_compress.cgp.circuit import Grid
-        >>> from lightning_compress.cgp.seeds import random_circuit
+        >>> from lightning_compress.cgp.gates.circuit import Grid
+        >>> from lightning_compress.cgp.search.seeds import random_circuit
         >>> circuit = random_circuit(Grid(3, 2, 4, 5, look_back=2), range(27), np.random.default_rng(0))
         >>> circuit.genome.shape, circuit.evaluate([1, 2, 3]).shape
         ((62,), (2,))
@@ -102,8 +102,8 @@ def adder(problem: Problem, grid: Grid, functions: Sequence[int], table: EnergyT
 
     Examples:
         >>> from lightning_compress.cgp import Grid
-        >>> from lightning_compress.cgp.problem import Ints, Problem
-        >>> from lightning_compress.cgp.seeds import adder
+        >>> from lightning_compress.cgp.search.problem import Ints, Problem
+        >>> from lightning_compress.cgp.search.seeds import adder
         >>> from lightning_compress.energy import EnergyTable
         >>> problem = Problem.of([[3]], [[12, -116, 12]])
         >>> circuit = adder(problem, Grid(1, 2, rows=4, cols=4), range(27), EnergyTable.default())

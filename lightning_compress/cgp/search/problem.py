@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lightning_compress.cgp.circuit import Circuit
-from lightning_compress.cgp.functions import Int8
+from lightning_compress.cgp.gates.circuit import Circuit
+from lightning_compress.cgp.gates.functions import Int8
 
 Ints = npt.NDArray[np.int64]
 
@@ -33,7 +33,7 @@ class Problem:
         ValueError: shapes that do not fit together.
 
     Examples:
-        >>> from lightning_compress.cgp.problem import Problem
+        >>> from lightning_compress.cgp.search.problem import Problem
         >>> problem = Problem.of([[3, 4]], [[7, 3, 7]])
         >>> problem.targets.tolist(), problem.counts.tolist(), problem.wires[0].tolist()
         ([[7]], [[2]], [2, 0, 2])

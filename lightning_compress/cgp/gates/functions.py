@@ -94,7 +94,7 @@ def wrap(values: Any) -> Int8:
         int8.
 
     Examples:
-        >>> from lightning_compress.cgp.functions import wrap
+        >>> from lightning_compress.cgp.gates.functions import wrap
         >>> wrap([127, 128, -129]).tolist()
         [127, -128, 127]
     """
@@ -118,7 +118,7 @@ def apply(number: int, a: npt.ArrayLike, b: npt.ArrayLike, s: int = 0) -> Int8:
         ValueError: there is no such function.
 
     Examples:
-        >>> from lightning_compress.cgp.functions import apply
+        >>> from lightning_compress.cgp.gates.functions import apply
         >>> apply(1, [100, 1], [100, -3]).tolist(), apply(4, [-128], [0]).tolist()
         ([-56, -2], [-128])
     """

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_compress import codes, tables
-from lightning_compress.cgp.choices import Choice, Selection
-from lightning_compress.cgp.codes import CircuitCode
-from lightning_compress.cgp.evolution import Callback, Evolution, evolve
-from lightning_compress.cgp.functions import Int8
-from lightning_compress.cgp.integers import find_int8, read_int8, tensors_of, weight_of
-from lightning_compress.cgp.problem import Problem
-from lightning_compress.cgp.settings import PICO, EvolutionResult, Settings, run_seed
+from lightning_compress.cgp.gates.functions import Int8
+from lightning_compress.cgp.layers.choices import Choice, Selection
+from lightning_compress.cgp.layers.codes import CircuitCode
+from lightning_compress.cgp.layers.integers import find_int8, read_int8, tensors_of, weight_of
+from lightning_compress.cgp.search.evolution import Callback, Evolution, evolve
+from lightning_compress.cgp.search.problem import Problem
+from lightning_compress.cgp.search.settings import PICO, EvolutionResult, Settings, run_seed
 from lightning_compress.codes import Code
 from lightning_compress.energy import EnergyTable
 from lightning_compress.functional.lengths import encoded_bytes
@@ -59,7 +59,7 @@ class EvolveWeights(Transform):
         patience: generations without improvement that end a phase, >= 1.
         generations: all of them, >= 0; None: until patience ends.
         fitness: "SE", "MSE" or "AE".
-        functions: ids of ``lightning_compress.cgp.functions``, or "standard".
+        functions: ids of ``lightning_compress.cgp.gates.functions``, or "standard".
         multiplex: one output for each different value; False: one for each weight.
         seed_circuit: "adder" or "random".
         energy: costs of the functions; a path names a CSV file of them; None takes the default table.
@@ -245,9 +245,9 @@ def best_run(
         The result of the best run.
 
     Examples:
-        >>> from lightning_compress.cgp.problem import Problem
-        >>> from lightning_compress.cgp.settings import Settings
-        >>> from lightning_compress.cgp.weights import best_run
+        >>> from lightning_compress.cgp.search.problem import Problem
+        >>> from lightning_compress.cgp.search.settings import Settings
+        >>> from lightning_compress.cgp.layers.weights import best_run
         >>> result = best_run(Problem.of([[3]], [[6, 7]]), Settings(rows=4, cols=4, generations=20), runs=2)
         >>> result.best.error
         0

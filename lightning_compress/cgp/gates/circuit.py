@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_compress.cgp.functions import CALLS, FUNCTIONS, WIRE, Int8, apply
+from lightning_compress.cgp.gates.functions import CALLS, FUNCTIONS, WIRE, Int8, apply
 from lightning_compress.energy import EnergyTable
 
 Ints = npt.NDArray[np.int64]
@@ -123,7 +123,7 @@ class Circuit:
         ValueError: a genome of another length, an unknown function, or a pin that is not allowed there; says where.
 
     Examples:
-        >>> from lightning_compress.cgp.circuit import Circuit, Grid
+        >>> from lightning_compress.cgp.gates.circuit import Circuit, Grid
         >>> circuit = Circuit.from_text("{2,1,2,1,2,2,1}([2]0,1,1)([3]2,2,12)(3)")
         >>> circuit.evaluate([3, 4]).tolist(), circuit.cost().energy_pj
         ([14], 0.03)
@@ -176,7 +176,7 @@ class Circuit:
             )
 
     def check_all(self) -> None:
-        """ValueError if an operand that nothing reads is none that its gate might read: a mutation may put it to use."""
+        """ValueError if an operand that nothing reads is none that its gate may read: mutations put such to use."""
         column, gate = (
             np.arange(self.grid.gates) // self.grid.rows,
             self.grid.inputs + np.arange(self.grid.gates),

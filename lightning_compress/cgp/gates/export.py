@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from lightning_compress.cgp.circuit import Circuit, pretty
-from lightning_compress.cgp.functions import FUNCTIONS
+from lightning_compress.cgp.gates.circuit import Circuit, pretty
+from lightning_compress.cgp.gates.functions import FUNCTIONS
 from lightning_compress.energy import EnergyTable
 
 # Reserved words of IEEE 1364-2005.

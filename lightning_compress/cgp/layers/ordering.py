@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from lightning_compress.cgp.circuit import GENES, Circuit
-from lightning_compress.cgp.functions import FUNCTIONS, SELECTING, WIRE
+from lightning_compress.cgp.gates.circuit import GENES, Circuit
+from lightning_compress.cgp.gates.functions import FUNCTIONS, SELECTING, WIRE
 
 _ZERO = 24  # the function that is 0
 
@@ -36,7 +36,7 @@ def alone(circuit: Circuit, dataset: int) -> Circuit:
 
     Examples:
         >>> from lightning_compress.cgp import Circuit
-        >>> from lightning_compress.cgp.ordering import alone
+        >>> from lightning_compress.cgp.layers.ordering import alone
         >>> circuit = Circuit.from_text("{2,1,1,1,2,1,2}([2]0,1,27)(2)")
         >>> [alone(circuit, d).evaluate([3, 4]).tolist() for d in (0, 1)]
         [[3], [4]]
@@ -87,7 +87,7 @@ def needed(circuit: Circuit, wanted: Iterable[int], first: Sequence[int]) -> dic
 
     Examples:
         >>> from lightning_compress.cgp import Circuit
-        >>> from lightning_compress.cgp.ordering import needed
+        >>> from lightning_compress.cgp.layers.ordering import needed
         >>> circuit = Circuit.from_text("{1,1,3,1,2,3,1}([1]0,0,7)([2]1,0,100)([3]2,0,1)(3)")
         >>> needed(circuit, [3], first=[0])
         {1: Gate(function=7, operands=(0,)), 3: Gate(function=1, operands=(1, 0))}
@@ -116,7 +116,7 @@ def in_runs(gates: Mapping[int, Gate]) -> list[int]:
         Their pins.
 
     Examples:
-        >>> from lightning_compress.cgp.ordering import Gate, in_runs
+        >>> from lightning_compress.cgp.layers.ordering import Gate, in_runs
         >>> in_runs({1: Gate(7, (0,)), 2: Gate(5, (0,)), 3: Gate(7, (1,)), 4: Gate(5, (3,))})
         [1, 3, 2, 4]
     """
