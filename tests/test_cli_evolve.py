@@ -191,7 +191,7 @@ def test_a_campaign_from_plan_to_metrics(capsys: pytest.CaptureFixture[str]) -> 
 def test_best_run_of_a_folder_is_exported(capsys: pytest.CaptureFixture[str]) -> None:
     argv = (*NET, *SMALL, "--thresholds", "25", "--runs", "3", "--experiment-dir", "runs")
     done(capsys, "campaign", "plan", "layer_bypass", *argv)
-    done(capsys, "campaign", "run", "runs", "--jobs", "2")
+    done(capsys, "campaign", "run", "runs")
     [folder] = find("runs")
     last = {run: read_rows(folder.statistics(run))[-1] for run in range(3)}
     limit = 25**2 * 2400

@@ -214,16 +214,19 @@ class Circuit:
     def _taking_part(self) -> list[tuple[int, int, int, int]]:
         """Of every gate that some output needs, in order: its pin, a, b, and its function."""
         inputs, gates = self.grid.inputs, self.gates.tolist()
-        needed = [False] * (inputs + len(gates))
+        needed = [False] * len(gates)
         for pin in self.outputs.tolist():
-            needed[pin] = True
+            if pin >= inputs:
+                needed[pin - inputs] = True
         found = []
-        for pin in range(len(needed) - 1, inputs - 1, -1):
-            if needed[pin]:
-                a, b, number = gates[pin - inputs]
-                needed[a] |= number in _USES_A
-                needed[b] |= number in _USES_B
-                found.append((pin, a, b, number))
+        for gate in range(len(gates) - 1, -1, -1):
+            if needed[gate]:
+                a, b, number = gates[gate]
+                if a >= inputs and number in _USES_A:
+                    needed[a - inputs] = True
+                if b >= inputs and number in _USES_B:
+                    needed[b - inputs] = True
+                found.append((inputs + gate, a, b, number))
         return found[::-1]
 
     def evaluate(self, x: npt.ArrayLike) -> Int8:
