@@ -26,7 +26,6 @@ from lightning_compress.cgp.search.settings import MILLI, PICO, Settings
 
 Array = npt.NDArray[Any]
 _MAX = WIRE + 1
-_SAVED = ("genes", "random", "counters")
 
 
 class Compiled:
@@ -128,10 +127,7 @@ class Compiled:
 
     def dump(self) -> dict[str, Array]:
         """All that ``restore`` needs."""
-        s = self.state
-        count = int(s.counters[KEPT])
-        small = {name: getattr(s, name).copy() for name in _SAVED}
-        return small | {"front": s.front[:count].copy(), "kept": s.kept[:count].copy()}
+        return {name: array.copy() for name, array in self._saved(int(self.state.counters[KEPT])).items()}
 
     def restore(self, saved: Mapping[str, Array], weights: Array, limit: int) -> None:
         """Go on where ``dump`` was called.
@@ -146,17 +142,24 @@ class Compiled:
         """
         s = self.state
         count = len(saved["front"])
+        places = self._saved(count)
         for name, array in saved.items():
-            here = getattr(s, name)[:count] if name in ("front", "kept") else getattr(s, name)
+            here = places[name]
             if array.shape != here.shape:
                 raise ValueError(f"{name} of shape {array.shape}: needed is {here.shape}.")
         Circuit(saved["genes"], self.grid).check_all()  # or the loops would read elsewhere
         for name, array in saved.items():
-            (getattr(s, name)[:count] if name in ("front", "kept") else getattr(s, name))[...] = array
+            places[name][...] = array
         counters = s.counters.copy()
         counters[KEPT] = count
         self.weigh(weights, limit)
         s.counters[:] = counters
+
+    def _saved(self, count: int) -> dict[str, Array]:
+        """The arrays that a restart needs, with so many trade-offs."""
+        s = self.state
+        small = {"genes": s.genes, "random": s.random, "counters": s.counters}
+        return {**small, "front": s.front[:count], "kept": s.kept[:count]}
 
 
 def _fixed(problem: Problem, settings: Settings, grid: Grid) -> Fixed:

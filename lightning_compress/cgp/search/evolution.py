@@ -72,7 +72,7 @@ class Evolution:
         self.stopped = ""
         self._limit = 0
         self._engine = ENGINES[engine](
-            problem, self.settings, self._start().genome, run_seed(self._seed, 1) | 1
+            problem, self.settings, self._start().genome, run_seed(self.settings.seed, 1) | 1
         )
 
     @property
@@ -94,7 +94,7 @@ class Evolution:
     @property
     def front(self) -> tuple[Solution, ...]:
         """Trade-offs met in phase 2, by rising error; the best circuit is among them."""
-        rows = [(cost, genes) for cost, genes in self._engine.trade_offs()]
+        rows = self._engine.trade_offs()
         best = self._engine.cost()[:4]
         if not any(all(a <= b for a, b in zip(cost, best, strict=True)) for cost, _ in rows):
             rows.append((best, self._engine.genome()))
@@ -193,15 +193,11 @@ class Evolution:
         self.phase, self._limit, self.generation = phase, limit, generation
         self.history, self.seconds, self.stopped = history, seconds, stopped
 
-    @property
-    def _seed(self) -> int:
-        return self.settings.seed
-
     def _start(self) -> Circuit:
         ids = self.settings.ids(self.problem.datasets)
         if self.settings.seed_circuit == "adder":
             return adder(self.problem, self.grid, ids, self.settings.table)
-        return random_circuit(self.grid, ids, np.random.default_rng(self._seed))
+        return random_circuit(self.grid, ids, np.random.default_rng(self.settings.seed))
 
     def _weights(self, phase: int) -> npt.NDArray[np.int64]:
         counts = self.problem.counts
